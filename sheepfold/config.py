@@ -1,0 +1,384 @@
+"""The experiment file: every option, its meaning, unit and default, and what cannot be combined.
+
+One file describes a run in simulation and between machines. Nothing heavy is imported here, so a wrong key, value or
+combination is reported before torch, a data set or a model is loaded.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from sheepfold.errors import ConfigError, suggest
+
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+
+
+class Section(BaseModel):
+    """A frozen part of the experiment file; unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class ModelSettings(Section):
+    """The frozen base that every client shares."""
+
+    base: str = "builtin:tiny"
+    """Hub id, local folder, or `builtin:tiny`."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    tokenizer: str | None = None
+    """Hub id or folder of the tokenizer, where it is not beside the weights."""
+    dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = "auto"
+    """Number format of the frozen weights; auto: float32 on a CPU, bfloat16 where the device has it, else float16."""
+    attention: Literal["auto", "sdpa", "eager"] = "auto"
+    """Attention implementation, as transformers names it; auto: sdpa, or eager for families without it."""
+
+
+class AdapterSettings(Section):
+    """What the clients train on top of the base."""
+
+    method: str = "lora"
+    """lora (both engines); full (all weights) or a PEFT method by its PEFT name (peft_model engine)."""
+    rank: Positive = 8
+    """LoRA rank r."""
+    alpha: Annotated[float, Field(gt=0)] = 16.0
+    """LoRA alpha: the adapter's output is scaled by alpha / rank."""
+    dropout: Share = 0.0
+    """Dropout on the adapter's input."""
+    targets: Literal["auto", "all-linear"] | tuple[str, ...] = "auto"
+    """auto: PEFT's table for the model family; all-linear: every linear layer but the head; or module names."""
+    start: str | None = None
+    """A PEFT folder to start from, instead of A random and B zero."""
+    options: Mapping[str, Any] = Field(default_factory=dict)
+    """Further arguments of the PEFT config class, for methods other than lora."""
+
+
+class PartitionSettings(Section):
+    """How one pile of rows becomes clients."""
+
+    by: str = "iid"
+    """iid, shards, dirichlet, meta, natural, quantity, files (per-client files), or module:function."""
+    clients: Positive = 10
+    """Number of clients; natural and files take it from the data."""
+    seed: int = 42
+    """The partition's own seed: the run's seed never moves rows between clients."""
+    column: str = "category"
+    """The label that shards, dirichlet and meta look at; for natural: the client column ('client')."""
+    alpha: Annotated[float, Field(gt=0)] = 0.5
+    """Dirichlet concentration (dirichlet: of labels over clients; quantity: of sizes)."""
+    min_rows: Annotated[int, Field(ge=0)] = 1
+    """dirichlet, quantity: redraw until every client has this many rows."""
+    shards_per_client: Positive = 2
+    """shards: rows sorted by label are cut into clients x this many shards."""
+    holdout_per_category: Annotated[int, Field(ge=0)] = 0
+    """Rows of each category kept out of every client, as a global test set (Shepherd holds out 10)."""
+
+
+class DataSettings(Section):
+    """Where rows come from, how they are split, and how they become tokens."""
+
+    source: str = "corpus"
+    """corpus (built in), a named set (dolly, alpaca, ...), a hub id, a local file or folder, or module:function."""
+    path: str | None = None
+    """A local file or folder with the named source's rows, where the hub is not wanted."""
+    split: str = "train"
+    """Which split of a hub data set."""
+    fields: Mapping[str, str] = Field(default_factory=dict)
+    """Field map for own data: instruction, input, output, category, client, messages -> column name."""
+    rows: Positive | None = None
+    """Take at most this many rows; for the built-in corpus: how many to make."""
+    subsample: Fraction = 1.0
+    """Keep this share of the rows of each category (Natural Instructions: of each task)."""
+    seed: int = 42
+    """Seed of the built-in corpus, the subsample and the split inside each client."""
+    partition: PartitionSettings = PartitionSettings()
+    eval_share: Share = 0.1
+    """Share of each client's rows held out for evaluation."""
+    test_share: Share = 0.0
+    """Share of each client's rows held out for a final test."""
+    template: str = "auto"
+    """auto (the tokenizer's chat template, else alpaca), chat, alpaca, alpaca_short, alpaca_legacy, vigogne, plain,
+    vicuna, baize, a template file, or module:function."""
+    system: str | None = None
+    """System message for chat templates."""
+    train_on_inputs: bool = False
+    """Also learn the prompt's tokens, not only the answer's."""
+    max_tokens: Annotated[int, Field(ge=2)] = 512
+    """Longest row in tokens, prompt and answer together."""
+    cut: Literal["right", "left"] = "right"
+    """Which end of an over-long row is cut."""
+
+    @model_validator(mode="after")
+    def _leaves_training_rows(self) -> Self:
+        if self.eval_share + self.test_share >= 1:
+            raise ValueError(
+                f"eval_share {self.eval_share} + test_share {self.test_share} leaves no training rows; "
+                "make the sum less than 1"
+            )
+        return self
+
+
+class TrainSettings(Section):
+    """What one client does in one round."""
+
+    engine: Literal["cohort", "peft_model"] = "cohort"
+    """cohort: LoRA of all sampled clients in one pass; peft_model: plain PEFT, one client at a time."""
+    steps: Positive | None = None
+    """Optimizer steps a round; set this or epochs."""
+    epochs: Annotated[int, Field(gt=0)] | None = None
+    """Passes over the client's rows a round; 1 where neither is set."""
+    batch_rows: Positive = 16
+    """Rows per optimizer step."""
+    micro_rows: Positive | None = None
+    """Rows of one client per forward pass; default: batch_rows. Smaller needs less memory, same result."""
+    optimizer: str = "adamw"
+    """adamw, sgd, or any class of torch.optim by name; built fresh each round."""
+    optimizer_args: Mapping[str, Any] = Field(default_factory=dict)
+    """Further arguments of the optimizer, such as momentum, betas, eps."""
+    lr: Annotated[float, Field(gt=0)] = 3e-4
+    """Peak learning rate."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """The optimizer's weight decay."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning rate within a round, from its peak to zero (linear, cosine)."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps of linear warm-up at the start of each round."""
+    round_schedule: Literal["constant", "linear", "cosine", "halve"] = "constant"
+    """Peak learning rate over rounds; halve: half from round `halve_after` on."""
+    halve_after: Positive = 15
+    """Rounds at the full rate before `round_schedule: halve` halves it (FlexLoRA: 15)."""
+    grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """L2 bound on each client's own gradient; null: no bound."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    clients_per_pass: Positive | None = None
+    """cohort: how many clients share a pass; default: as many as memory allows."""
+    local_rule: str | None = None
+    """A further penalty on every client's loss: proximal, or module:rule (see docs/extending.md)."""
+    local_rule_args: Mapping[str, Any] = Field(default_factory=dict)
+    """Arguments of the rule, such as mu."""
+
+    @model_validator(mode="after")
+    def _steps_or_epochs(self) -> Self:
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError(f"steps {self.steps} and epochs {self.epochs} are both set; keep one of them")
+        if self.micro_rows is not None and self.micro_rows > self.batch_rows:
+            raise ValueError(
+                f"micro_rows {self.micro_rows} is more than batch_rows {self.batch_rows}; "
+                "a micro-batch is a part of a step"
+            )
+        if self.local_rule_args and self.local_rule is None:
+            raise ValueError("local_rule_args has no effect without local_rule; set local_rule, such as proximal")
+        if self.steps is not None and self.warmup_steps >= self.steps:
+            raise ValueError(f"warmup_steps {self.warmup_steps} must be less than steps {self.steps}")
+        return self
+
+
+class FederationSettings(Section):
+    """Who takes part, and how updates become one adapter."""
+
+    strategy: str = "fedavg"
+    """fedavg, fedit, or module:strategy."""
+    strategy_args: Mapping[str, Any] = Field(default_factory=dict)
+    """Arguments of the strategy."""
+    rounds: Positive = 5
+    """Communication rounds."""
+    clients_per_round: Positive | None = None
+    """Clients sampled each round; set this or fraction."""
+    fraction: Fraction | None = None
+    """Share of the clients sampled each round: max(int(fraction * clients), 1); all where neither is set."""
+    weights: Literal["rows", "target_tokens", "processed_rows", "uniform"] = "rows"
+    """A client's weight in the fold: its training rows, their target tokens, the rows it processed, or 1."""
+
+    @model_validator(mode="after")
+    def _number_or_fraction(self) -> Self:
+        if self.clients_per_round is not None and self.fraction is not None:
+            raise ValueError(
+                f"clients_per_round {self.clients_per_round} and fraction {self.fraction} are both set; "
+                "keep one of them"
+            )
+        return self
+
+
+class GenerationSettings(Section):
+    """How answers are generated for generative metrics."""
+
+    max_new_tokens: Positive = 32
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    """0: greedy."""
+    top_p: Fraction = 1.0
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """0: no limit."""
+    batch_rows: Positive = 64
+
+
+class EvaluationSettings(Section):
+    """What is measured, on which rows, and when."""
+
+    every: Annotated[int, Field(ge=0)] = 1
+    """Evaluate before round 1 and after every n-th round and the last; 0: only before and after the run."""
+    split: Literal["eval", "test"] = "eval"
+    """Which held-out rows of each client."""
+    rows_per_client: Positive | None = None
+    """At most this many held-out rows a client, always the same ones."""
+    metrics: tuple[str, ...] = ()
+    """Generative metrics at the end and in the closing table: exact_match, rouge_l, or module:metric."""
+    generation: GenerationSettings = GenerationSettings()
+    batch_rows: Positive = 32
+    """Rows per forward pass of the held-out loss."""
+
+
+class StopSettings(Section):
+    """Early stop on one named key of the held-out report."""
+
+    key: str | None = None
+    """Such as 'loss.weighted', 'loss.plain', 'loss.worst_decile' or 'loss.global'; null: never stop early."""
+    patience: Positive = 3
+    """Evaluations without improvement before the run stops."""
+    delta: Annotated[float, Field(ge=0)] = 0.0
+    """What counts as improvement: lower than the best by more than this."""
+
+
+class Experiment(Section):
+    """One run, wholly described."""
+
+    name: str = "demo"
+    """The run's name, and its folder's."""
+    seed: int = 0
+    """Seed of everything but the data (see data.seed and data.partition.seed)."""
+    output: str = "runs"
+    """Folder that holds the runs' folders."""
+    cache: str | None = None
+    """Folder of the token cache; default: $SHEEPFOLD_CACHE, else ~/.cache/sheepfold."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+    model: ModelSettings = ModelSettings()
+    adapter: AdapterSettings = AdapterSettings()
+    data: DataSettings = DataSettings()
+    train: TrainSettings = TrainSettings()
+    federation: FederationSettings = FederationSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    stop: StopSettings = StopSettings()
+    baselines: tuple[Literal["local", "centralised"], ...] = ()
+    """Also train every client alone, and all rows in one place, for the closing table."""
+    keep_rounds: Positive | None = None
+    """Keep the state of every n-th round, for --resume-from."""
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Self:
+        asked, partition = self.federation.clients_per_round, self.data.partition
+        named = partition.by in ("iid", "shards", "dirichlet", "meta", "quantity")
+        if asked and named and asked > partition.clients:
+            raise ValueError(
+                f"federation.clients_per_round {asked} is more than data.partition.clients {partition.clients}"
+            )
+        if self.adapter.method != "lora" and self.train.engine == "cohort":
+            raise ValueError(
+                f"adapter.method {self.adapter.method!r} needs train.engine peft_model; the cohort engine trains lora"
+            )
+        if self.adapter.options and self.adapter.method in ("lora", "full"):
+            raise ValueError(f"adapter.options has no effect with adapter.method {self.adapter.method!r}; remove it")
+        if self.stop.key and self.evaluation.every == 0:
+            raise ValueError("stop.key needs evaluations during the run; set evaluation.every to 1 or more")
+        if any(c in self.name for c in "/\\\0") or self.name in ("", ".", ".."):
+            raise ValueError(f"name {self.name!r} must be a plain folder name")
+        return self
+
+
+def load(path: str | os.PathLike[str] | None, overrides: Sequence[str] = ()) -> Experiment:
+    """Return the experiment of a file (None: the demo recipe), with `key.path=value` overrides applied.
+
+    Raises ConfigError with one line that names the file, the key, the value found and the value expected.
+    """
+    path = Path(path) if path is not None else recipe("demo")
+    return build(_with_overrides(read_yaml(path), overrides), source=path.name)
+
+
+def recipe(name: str) -> Path:
+    """Return the path of a shipped experiment file."""
+    root = Path(__file__).parent
+    for folder in (root / "recipes", root.parent / "recipes"):
+        if (folder / f"{name}.yaml").is_file():
+            return folder / f"{name}.yaml"
+    raise ConfigError(f"no recipe {name!r}")
+
+
+def build(values: Mapping[str, Any], source: str = "experiment") -> Experiment:
+    """Return the experiment that these values describe; raise ConfigError for the first thing that is wrong."""
+    try:
+        return Experiment.model_validate(dict(values))
+    except ValidationError as error:
+        raise ConfigError(f"{source}: {_first_problem(error)}") from None
+
+
+def dump(experiment: Experiment) -> str:
+    """Return the experiment as YAML, every option resolved; `build` of its values gives the experiment back."""
+    return yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return a YAML file's mapping; raise ConfigError where there is none."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such experiment file; `sheepfold run` without a file runs the demo") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error}); expected a YAML text file") from None
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        line = f"line {where.line + 1}: " if where else ""
+        raise ConfigError(f"{path}: {line}not valid YAML ({getattr(error, 'problem', None) or 'syntax'})") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected `key: value` lines, found a {type(values).__name__}")
+    return values
+
+
+def _with_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    for text in overrides:
+        key, sign, value = text.partition("=")
+        if not sign or not key:
+            raise ConfigError(f"override {text!r}: expected key.path=value, such as train.lr=0.001")
+        *parents, last = key.split(".")
+        node = values
+        for parent in parents:
+            child = node.setdefault(parent, {})
+            if not isinstance(child, dict):
+                raise ConfigError(f"override {text!r}: {parent!r} holds a value, not a section")
+            node = child
+        try:
+            node[last] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ConfigError(f"override {text!r}: the value is not valid YAML; quote it") from None
+    return values
+
+
+def _first_problem(error: ValidationError) -> str:
+    """Return the first validation error as one line: key, value found, what was expected."""
+    problem = error.errors(include_url=False)[0]
+    key = ".".join(str(part) for part in problem["loc"] if not str(part).startswith(("tuple[", "literal[")))
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key {key!r}; {suggest(key.rpartition('.')[2], _keys_beside(problem['loc']))}"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return f"{key}: {message}" if key else message
+    return f"{key}: found {problem['input']!r}; {message[:1].lower()}{message[1:]}"
+
+
+def _keys_beside(location: tuple[int | str, ...]) -> list[str]:
+    section: type[BaseModel] = Experiment
+    for part in location[:-1]:
+        section = section.model_fields[str(part)].annotation  # type: ignore[assignment]
+    return list(section.model_fields)
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON schema of the experiment file, for editors."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Experiment.model_json_schema()}

@@ -1,0 +1,52 @@
+"""Everything sheepfold raises on purpose.
+
+SheepfoldError
+├── ConfigError          an experiment file, a key, a value, or a combination that cannot work
+├── DataError            rows, files, fields, partitions
+├── ModelError           bases, tokenizers, weights, target modules
+├── AdapterMismatch      two adapters that should have the same shape and do not
+├── CheckpointError      a run's folder that cannot be read, written or resumed
+└── TrainingError        a round that cannot go on
+
+A message says where (round, client, module, setting or file), what was found, what was expected, and a way on.
+The command line prints it as one line and exits with code 2.
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class SheepfoldError(Exception):
+    """The root: catch this to catch all of ours and nothing else."""
+
+
+class ConfigError(SheepfoldError):
+    """An experiment file, a key, a value, or a combination that cannot work."""
+
+
+class DataError(SheepfoldError):
+    """Rows, files, fields or partitions that cannot be used."""
+
+
+class ModelError(SheepfoldError):
+    """A base, a tokenizer, weights or target modules that cannot be used."""
+
+
+class AdapterMismatch(SheepfoldError):
+    """Adapters whose modules, ranks or shapes differ where they must agree."""
+
+
+class CheckpointError(SheepfoldError):
+    """A run's folder that cannot be read, written or resumed."""
+
+
+class TrainingError(SheepfoldError):
+    """A round that cannot go on, such as one in which no client took a good step."""
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """Return 'did you mean ...? known: ...' with the nearest names first."""
+    names = sorted(known)
+    near = get_close_matches(name, names, n=3, cutoff=0.6)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"{hint}known: {', '.join(near + [n for n in names if n not in near])}"

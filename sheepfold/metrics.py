@@ -1,0 +1,40 @@
+"""Measurements that merge: a sum and a count, divided at the end.
+
+`Mean + Mean` is a Mean, so a score does not depend on how rows were split over batches, clients or processes.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Mean:
+    """A running mean: `total` in the unit of the thing measured, `count` in what it is divided by (tokens, rows)."""
+
+    total: float = 0.0
+    count: float = 0.0
+
+    def __add__(self, other: "Mean") -> "Mean":
+        return Mean(self.total + other.total, self.count + other.count)
+
+    @property
+    def value(self) -> float:
+        """total / count; nan where nothing was counted."""
+        return self.total / self.count if self.count else math.nan
+
+
+def merge(means: Iterable[Mean]) -> Mean:
+    """Return the mean over everything that the parts measured."""
+    total = Mean()
+    for mean in means:
+        total = total + mean
+    return total
+
+
+def perplexity(loss: Mean) -> float:
+    """Return exp of a mean loss in nats per token; inf where exp overflows."""
+    try:
+        return math.exp(loss.value)
+    except OverflowError:
+        return math.inf
