@@ -1,0 +1,1 @@
+"""Rows: where they come from, who holds them, and how they become tokens."""

@@ -1,0 +1,96 @@
+"""The loop. A round samples a cohort, trains it, and folds what comes back into one adapter:
+
+    state ── sampler ──▶ cohort ── strategy.assign ──▶ assignments ── engine.train ──▶ updates ── strategy.fold ──▶ next
+
+`rounds` hands out each new state; evaluation, journal, checkpoints and early stopping are the body of the caller's
+`for` (see simulation.py).
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from sheepfold.errors import TrainingError
+from sheepfold.messages import Absence, Assignment, Measurements, Update
+from sheepfold.metrics import Mean, merge
+from sheepfold.state import ServerState
+from sheepfold.strategies.base import Strategy
+
+
+class Engine(Protocol):
+    """One way to train the sampled clients."""
+
+    def train(self, assignments: Sequence[Assignment]) -> Iterator[Update | Absence]:
+        """Yield what each client returns, in the order of the assignments."""
+
+
+class Sampler(Protocol):
+    """One way to choose a cohort."""
+
+    def sample(self, round: int) -> list[str]:
+        """Return the clients of a round, counted from 0."""
+
+
+@dataclass(slots=True)
+class RoundReport:
+    """What one round amounted to; it fills up while the updates are folded."""
+
+    round: int
+    """Counted from 1."""
+    cohort: Sequence[str]
+    lr: float
+    clients: dict[str, Measurements] = field(default_factory=dict)
+    absences: dict[str, str] = field(default_factory=dict)
+    steps: dict[str, int] = field(default_factory=dict)
+    """Steps for which each client drew rows."""
+    downlink_bytes: int = 0
+    uplink_bytes: int = 0
+    seconds: float = 0.0
+
+    @property
+    def loss(self) -> Mean:
+        """The clients' training loss, nats per target token, over all their tokens."""
+        return merge(m.loss for m in self.clients.values())
+
+    def note(self, answers: Iterable[Update | Absence]) -> Iterator[Update]:
+        """Pass updates on to the fold, and write down what each client did."""
+        for answer in answers:
+            if isinstance(answer, Absence):
+                self.absences[answer.client] = answer.reason
+                self.steps[answer.client] = answer.steps
+                continue
+            self.clients[answer.client] = answer.measurements
+            self.steps[answer.client] = answer.measurements.steps
+            self.uplink_bytes += answer.adapter.nbytes()
+            yield answer
+        if not self.clients:
+            reasons = "; ".join(f"{client}: {reason}" for client, reason in list(self.absences.items())[:3])
+            raise TrainingError(f"round {self.round}: no client took a good step ({reasons})")
+
+
+def rounds(
+    state: ServerState,
+    until: int,
+    *,
+    sampler: Sampler,
+    strategy: Strategy,
+    engine: Engine,
+    lr: Callable[[int], float],
+) -> Iterator[tuple[ServerState, RoundReport]]:
+    """Yield the state and the report of each further round, until `until` rounds are completed.
+
+    lr gives the peak learning rate of a round, counted from 0. Raises TrainingError where no client of a round took a
+    single good step; the last state handed out is still good.
+    """
+    while state.round < until:
+        began = time.perf_counter()
+        cohort = sampler.sample(state.round)
+        report = RoundReport(state.round + 1, cohort, lr(state.round))
+        assignments = [strategy.assign(state, client, report.lr) for client in cohort]
+        report.downlink_bytes = sum(a.adapter.nbytes() for a in assignments)
+        state = strategy.fold(state, report.note(engine.train(assignments)))
+        drawn = {client: state.drawn.get(client, 0) + steps for client, steps in report.steps.items()}
+        state = replace(state, drawn={**state.drawn, **drawn})
+        report.seconds = time.perf_counter() - began
+        yield state, report

@@ -1,0 +1,133 @@
+"""ServerState: everything the next round depends on, as one frozen value and one file.
+
+A state is written to a temporary file, flushed to the disk and renamed, so a process that dies at any moment leaves
+either the old state or the new one. The file is safetensors with a JSON head; a hash over its tensors finds damage.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from sheepfold.adapter import Adapter, from_tensors
+from sheepfold.errors import CheckpointError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class BatchPlan:
+    """How a cohort is cut into passes. Floating-point sums depend on it, so it is part of the state."""
+
+    clients_per_pass: int
+    """Clients that train through the base together."""
+    micro_rows: int
+    """Rows of one client in a forward pass."""
+    micro_tokens: int
+    """Most tokens, padding included, in a forward pass over all clients."""
+
+
+@dataclass(frozen=True, slots=True)
+class Best:
+    """The best evaluation so far of the key that early stopping watches."""
+
+    key: str
+    value: float
+    round: int
+    waited: int = 0
+    """Evaluations since then."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServerState:
+    """Everything the next round depends on."""
+
+    round: int
+    """Rounds completed."""
+    adapter: Adapter
+    """The global adapter."""
+    plan: BatchPlan
+    drawn: Mapping[str, int] = field(default_factory=dict)
+    """Steps that each client has drawn so far; clients never sampled are absent."""
+    memory: Mapping[str, Tensor] = field(default_factory=dict)
+    """The strategy's own: momentum, control variates."""
+    best: Best | None = None
+
+    def advance(self, adapter: Adapter, memory: Mapping[str, Tensor] | None = None) -> "ServerState":
+        """Return the state after one more round with this global adapter."""
+        return replace(self, round=self.round + 1, adapter=adapter, memory=self.memory if memory is None else memory)
+
+
+def save(state: ServerState, path: Path) -> None:
+    """Write a state so that the file is always whole. Raises CheckpointError where the disk refuses."""
+    from safetensors.torch import save as serialise
+
+    tensors = state.adapter.tensors() | {f"memory:{name}": t for name, t in state.memory.items()}
+    head = {
+        "format": FORMAT,
+        "round": state.round,
+        "scales": {name: pair.scale for name, pair in state.adapter.pairs.items()},
+        "plan": asdict(state.plan),
+        "drawn": dict(state.drawn),
+        "best": asdict(state.best) if state.best else None,
+        "hash": _hash(tensors),
+    }
+    contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    write_atomic(path, serialise(contiguous, metadata={"sheepfold": json.dumps(head)}))
+
+
+def load(path: Path) -> ServerState:
+    """Return the state of a file. Raises CheckpointError for a missing, truncated or altered one."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            head = json.loads((file.metadata() or {}).get("sheepfold", "null"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no iterator of its own
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such state; the run has not finished a round yet, start it anew") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: damaged ({error}); resume from another round: {_others(path)}") from None
+    if not head or head.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: not a sheepfold state of format {FORMAT}; it was written by another program")
+    if head["hash"] != _hash(tensors):
+        raise CheckpointError(f"{path}: its numbers were altered; resume from another round: {_others(path)}")
+    memory = {name.removeprefix("memory:"): t for name, t in tensors.items() if name.startswith("memory:")}
+    return ServerState(
+        round=head["round"],
+        adapter=from_tensors(tensors, head["scales"]),
+        plan=BatchPlan(**head["plan"]),
+        drawn=head["drawn"],
+        memory=memory,
+        best=Best(**head["best"]) if head["best"] else None,
+    )
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write a file so that, whatever happens, it holds its old content or its new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True) if path.parent.is_dir() and os.access(path.parent, os.W_OK) else None
+        raise CheckpointError(
+            f"{path}: cannot be written ({error.strerror or error}); free some space or set another output folder, "
+            "then go on with --resume"
+        ) from None
+
+
+def _hash(tensors: Mapping[str, Tensor]) -> str:
+    return Adapter(extra=tensors).hash()
+
+
+def _others(path: Path) -> str:
+    kept = sorted(p.stem.removeprefix("round-") for p in path.parent.glob("round-*.safetensors") if p != path)
+    return f"--resume-from {' or '.join(kept)}" if kept else "none was kept (see keep_rounds)"

@@ -1,0 +1,126 @@
+"""Small real things to test with: models of two layers, ragged rows, adapters with something in them."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from sheepfold.adapter import Adapter, LoraPair
+from sheepfold.config import AdapterSettings, TrainSettings
+from sheepfold.data.rows import TokenRows
+from sheepfold.engines.cohort import CohortEngine
+from sheepfold.engines.injection import CohortModel
+from sheepfold.engines.peft_model import PeftModelEngine
+from sheepfold.messages import Assignment
+from sheepfold.models import silence_dropout
+from sheepfold.state import BatchPlan
+from sheepfold.targets import linear_shape
+
+VOCABULARY = 97
+CLIENTS = {"ann": 16, "bob": 11, "cleo": 15, "dora": 18}
+"""Rows of each client."""
+
+_SHAPE: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCABULARY,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2}
+_OPT = {k: v for k, v in _SHAPE.items() if k not in ("intermediate_size", "num_key_value_heads")} | {
+    "ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": 64,
+}  # fmt: skip
+FAMILIES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
+    "llama": ("LlamaForCausalLM", _SHAPE, ("q_proj", "v_proj", "down_proj")),
+    "qwen2": ("Qwen2ForCausalLM", _SHAPE, ("q_proj", "v_proj")),
+    "qwen3": ("Qwen3ForCausalLM", _SHAPE | {"head_dim": 8}, ("q_proj", "v_proj")),
+    "mistral": ("MistralForCausalLM", _SHAPE | {"sliding_window": 8}, ("q_proj", "v_proj")),
+    "gemma": ("GemmaForCausalLM", _SHAPE | {"head_dim": 8}, ("q_proj", "v_proj")),
+    "gpt2": ("GPT2LMHeadModel", _GPT2, ("c_attn", "c_proj")),
+    "opt": ("OPTForCausalLM", _OPT, ("q_proj", "v_proj")),
+    "phi": ("PhiForCausalLM", _SHAPE, ("q_proj", "v_proj")),
+}
+"""family -> (class, config, adapted modules)"""
+
+
+def model(dtype: torch.dtype = torch.float64, family: str = "llama", **config: Any) -> Any:
+    """Return a small frozen model with random weights, silent as `load_base` makes it."""
+    import transformers
+
+    cls = getattr(transformers, FAMILIES[family][0])
+    torch.manual_seed(0)
+    made = cls(cls.config_class(**(FAMILIES[family][1] | config), attn_implementation="sdpa"))
+    silence_dropout(made)
+    return made.to(dtype).requires_grad_(False).eval()
+
+
+def tokens(rows: int = sum(CLIENTS.values()), seed: int = 0, shortest: int = 5, longest: int = 40) -> TokenRows:
+    """Return ragged rows of random tokens; the second half of each is its answer."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(shortest, longest, rows)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    is_target = np.zeros(offsets[-1], dtype=bool)
+    for start, end in zip(offsets[:-1], offsets[1:], strict=True):
+        is_target[start + (end - start) // 2 : end] = True
+    ids = rng.integers(3, VOCABULARY, offsets[-1]).astype(np.int32)
+    return TokenRows(ids, is_target, offsets, (lengths // 2).astype(np.int32), np.zeros(rows, dtype=bool))
+
+
+def client_rows() -> dict[str, np.ndarray]:
+    """Return each client's row numbers into `tokens()`."""
+    ends = np.cumsum(list(CLIENTS.values()))
+    return {c: np.arange(end - n, end) for (c, n), end in zip(CLIENTS.items(), ends, strict=True)}
+
+
+def sites(base: Any, family: str = "llama") -> dict[str, Any]:
+    """Return the modules to adapt, by path."""
+    return {name: m for name, m in base.named_modules() if name.endswith(FAMILIES[family][2])}
+
+
+def adapter(base: Any, rank: int, seed: int, family: str = "llama", dtype: torch.dtype = torch.float64) -> Adapter:
+    """Return an adapter whose A and B both hold random numbers, alpha 16."""
+    draw = torch.Generator().manual_seed(seed)
+    pairs = {}
+    for name, layer in sites(base, family).items():
+        d_in, d_out = linear_shape(layer)
+        A = torch.randn(rank, d_in, generator=draw, dtype=torch.float64) / 6
+        B = torch.randn(d_out, rank, generator=draw, dtype=torch.float64) / 6
+        pairs[name] = LoraPair(A.to(dtype), B.to(dtype), 16 / rank)
+    return Adapter(pairs)
+
+
+def cohort_engine(base: Any, train: TrainSettings, family: str = "llama", **over: Any) -> CohortEngine:
+    """Return a cohort engine over the four clients; over: plan, seed, rule, dropout, rows, tokens."""
+    return CohortEngine(CohortModel(base, sites(base, family)), *_engine(train, over), **_keywords(train, over))
+
+
+def peft_engine(base: Any, train: TrainSettings, family: str = "llama", **over: Any) -> PeftModelEngine:
+    """Return the reference engine over the same clients. The base is PEFT's afterwards."""
+    return PeftModelEngine(base, list(sites(base, family)), *_engine(train, over), **_keywords(train, over))
+
+
+def _engine(train: TrainSettings, over: dict[str, Any]) -> tuple[Any, ...]:
+    settings = AdapterSettings(dropout=over.get("dropout", 0.0))
+    return over.get("tokens", tokens()), over.get("rows", client_rows()), train, settings
+
+
+def _keywords(train: TrainSettings, over: dict[str, Any]) -> dict[str, Any]:
+    plan = over.get("plan", BatchPlan(4, train.micro_rows or train.batch_rows, 120))
+    return {"seed": over.get("seed", 1), "plan": plan, "rule": over.get("rule")}
+
+
+def assignments(adapters: dict[str, Adapter], round: int = 0, lr: float = 1e-3) -> list[Assignment]:
+    """Return one assignment a client."""
+    return [Assignment(client, round, a, lr) for client, a in adapters.items()]
+
+
+def gap(left: Adapter, right: Adapter) -> float:
+    """Return the largest difference between two adapters' numbers."""
+    ours, theirs = left.tensors(), right.tensors()
+    assert ours.keys() == theirs.keys()
+    return max(float((ours[name].double() - theirs[name].double()).abs().max()) for name in ours)
