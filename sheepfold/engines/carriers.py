@@ -1,0 +1,164 @@
+"""How a plain model carries an adapter value: LoRA pairs, any other PEFT method's tensors, or all weights.
+
+A carrier writes an `Adapter` into the model and reads it back, strictly: a tensor that finds no place is an error.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from sheepfold.adapter import Adapter, LoraPair
+from sheepfold.config import AdapterSettings
+from sheepfold.errors import AdapterMismatch, ConfigError, suggest
+from sheepfold.rng import derive
+
+
+class Carrier(Protocol):
+    """A model, and the adapter that it carries."""
+
+    model: Any
+
+    def write(self, adapter: Adapter) -> None:
+        """Make the model carry this adapter; raises AdapterMismatch where it does not fit."""
+
+    def read(self) -> Adapter:
+        """Return a copy, on the CPU, of the adapter that the model carries."""
+
+
+def carrier(model: Any, sites: Sequence[str], settings: AdapterSettings, seed: int) -> Carrier:
+    """Return the carrier for adapter.method; raises ConfigError for methods that PEFT does not know."""
+    if settings.method == "lora":
+        return LoraCarrier(model, sites, settings.dropout)
+    if settings.method == "full":
+        return FullCarrier(model)
+    return PeftCarrier(model, settings, seed)
+
+
+class LoraCarrier:
+    """LoRA through PEFT. Clients of other ranks get PEFT adapters of their own in the same model."""
+
+    def __init__(self, model: Any, sites: Sequence[str], dropout: float) -> None:
+        self.model: Any = model
+        self._sites = list(sites)
+        self._dropout = dropout
+        self._names: dict[tuple[tuple[str, int, float], ...], str] = {}
+        self._active = ""
+
+    def write(self, adapter: Adapter) -> None:
+        if adapter.extra or sorted(adapter.pairs) != sorted(self._sites):
+            odd = sorted(set(adapter.extra) | set(adapter.pairs) ^ set(self._sites))
+            raise AdapterMismatch(f"{odd[0]}: in one of adapter and model only; adapter.targets must match the adapter")
+        self._activate(adapter)
+        with torch.no_grad():
+            for path, pair in adapter.pairs.items():
+                A, B = self._factors(path)
+                A.copy_(pair.A)
+                B.copy_(pair.B)
+
+    def read(self) -> Adapter:
+        pairs = {}
+        for path in self._sites:
+            A, B = (t.detach().cpu().clone() for t in self._factors(path))
+            pairs[path] = LoraPair(A, B, float(self._module(path).scaling[self._active]))
+        return Adapter(pairs)
+
+    def _module(self, path: str) -> Any:
+        return self.model.base_model.model.get_submodule(path)
+
+    def _factors(self, path: str) -> tuple[Tensor, Tensor]:
+        module = self._module(path)
+        return module.lora_A[self._active].weight, module.lora_B[self._active].weight
+
+    def _activate(self, adapter: Adapter) -> None:
+        from peft import LoraConfig, get_peft_model
+
+        kind = tuple(sorted((path, pair.rank, pair.scale) for path, pair in adapter.pairs.items()))
+        new = kind not in self._names
+        name = self._names.setdefault(kind, f"kind{len(self._names)}")
+        if name == self._active:
+            return
+        if new:
+            config = LoraConfig(
+                r=kind[0][1],
+                lora_alpha=1,
+                target_modules=self._sites,
+                lora_dropout=self._dropout,
+                rank_pattern={path: r for path, r, _ in kind},
+                alpha_pattern={path: scale * r for path, r, scale in kind},
+                fan_in_fan_out=any(type(self._plain(p)).__name__ == "Conv1D" for p in self._sites),
+            )
+            if self._active:
+                self.model.add_adapter(name, config)
+            else:
+                self.model = get_peft_model(self.model, config, adapter_name=name)
+        self.model.set_adapter(name)
+        self._active = name
+        wide = next(iter(adapter.pairs.values())).A.dtype
+        for path in self._sites if new else ():
+            for part in (self._module(path).lora_A[name], self._module(path).lora_B[name]):
+                part.to(torch.float64 if wide == torch.float64 else torch.float32)
+
+    def _plain(self, path: str) -> nn.Module:
+        module: Any = self._module(path) if self._active else self.model.get_submodule(path)
+        plain: nn.Module = getattr(module, "base_layer", module)
+        return plain
+
+
+class PeftCarrier:
+    """Any other PEFT method, by its PEFT name and options; its tensors travel whole."""
+
+    def __init__(self, model: Any, settings: AdapterSettings, seed: int) -> None:
+        from peft import PEFT_TYPE_TO_CONFIG_MAPPING, get_peft_model
+
+        known = {str(kind.value).lower(): cls for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+        method = settings.method.lower().replace("-", "_")
+        if method not in known:
+            raise ConfigError(f"adapter.method {settings.method!r}: PEFT has none; {suggest(method, [*known, 'full'])}")
+        try:
+            config = known[method](task_type="CAUSAL_LM", **settings.options)
+            with torch.random.fork_rng():
+                torch.manual_seed(derive(seed, "adapter"))
+                self.model: Any = get_peft_model(model, config)
+        except (TypeError, ValueError) as error:
+            first = str(error).splitlines()[0]
+            raise ConfigError(f"adapter.options for {settings.method}: PEFT refuses them: {first}") from None
+
+    def write(self, adapter: Adapter) -> None:
+        from peft import set_peft_model_state_dict
+
+        have = self.read().extra
+        if adapter.pairs or adapter.extra.keys() != have.keys():
+            odd = sorted(set(adapter.pairs) | adapter.extra.keys() ^ have.keys())
+            raise AdapterMismatch(f"{odd[0]}: in one of adapter and model only")
+        set_peft_model_state_dict(self.model, dict(adapter.extra))
+
+    def read(self) -> Adapter:
+        from peft import get_peft_model_state_dict
+
+        return Adapter(extra=_copies(get_peft_model_state_dict(self.model)))
+
+
+class FullCarrier:
+    """All weights of the model; tied weights travel once."""
+
+    def __init__(self, model: Any) -> None:
+        self.model: Any = model
+        model.requires_grad_(True)
+
+    def write(self, adapter: Adapter) -> None:
+        params = dict(self.model.named_parameters())
+        if adapter.pairs or adapter.extra.keys() != params.keys():
+            odd = sorted(set(adapter.pairs) | adapter.extra.keys() ^ params.keys())
+            raise AdapterMismatch(f"{odd[0]}: in one of adapter and model only")
+        with torch.no_grad():
+            for name, tensor in adapter.extra.items():
+                params[name].copy_(tensor)
+
+    def read(self) -> Adapter:
+        return Adapter(extra=_copies(dict(self.model.named_parameters())))
+
+
+def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t.detach().cpu().clone() for name, t in tensors.items()}

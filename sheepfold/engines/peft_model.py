@@ -1,0 +1,204 @@
+"""The reference engine: plain PEFT on a plain transformers model, one client at a time.
+
+It trains any PEFT method, and all weights (`adapter.method: full`); the cohort engine is measured against it. The same
+rows, steps, learning rates, clipping and loss as there, written the ordinary way.
+"""
+
+import copy
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Self
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sheepfold.adapter import Adapter
+from sheepfold.config import AdapterSettings, GenerationSettings, TrainSettings
+from sheepfold.data.rows import IGNORED, TokenRows
+from sheepfold.engines.carriers import carrier
+from sheepfold.engines.common import FIRST_LOSS_SCALE, Local, Work
+from sheepfold.local import optimizers
+from sheepfold.local.rules import LocalRule
+from sheepfold.local.steps import lr_factor, step_rows, steps_in_round
+from sheepfold.messages import Absence, Assignment, Update
+from sheepfold.metrics import Mean
+from sheepfold.rng import derive
+from sheepfold.state import BatchPlan
+
+
+class PeftModelEngine:
+    """Trains and evaluates any adapter through PEFT, one client after the other."""
+
+    def __init__(
+        self,
+        model: Any,
+        sites: Sequence[str],
+        tokens: TokenRows,
+        train_rows: Mapping[str, np.ndarray],
+        train: TrainSettings,
+        adapter: AdapterSettings,
+        *,
+        seed: int,
+        plan: BatchPlan,
+        rule: LocalRule | None = None,
+    ) -> None:
+        """Make an engine over clients' training rows, {client: row numbers}; `sites` are the modules that LoRA adapts.
+
+        The model is PEFT's from here on. Raises ConfigError for the optimizer, the method or its options.
+        """
+        self.carrier = carrier(model, sites, adapter, seed)
+        self.tokens = tokens
+        self.targets = tokens.target_tokens()
+        self.train_rows = train_rows
+        self.settings = train
+        self.seed = seed
+        self.plan = plan
+        self.rule = rule
+        self.on_step: Callable[[int], None] = lambda steps: None  # told how many client steps were taken
+        self.build = optimizers.build(train, elementwise=False)
+        first = next(model.parameters())
+        self.device, self.half = first.device, first.dtype == torch.float16
+
+    def initial(self) -> Adapter:
+        """Return the adapter as PEFT initialises it, from this run's seed."""
+        return self.carrier.read()
+
+    def train(self, assignments: Sequence[Assignment]) -> Iterator[Update | Absence]:
+        """Yield every client's update, or why there is none, in the order of the assignments."""
+        for assignment in assignments:
+            rows = np.asarray(self.train_rows[assignment.client])
+            steps = steps_in_round(self.settings, len(rows)) if len(rows) else 0
+            client = Local(assignment, rows, steps)
+            if not steps:
+                yield Absence(assignment.client, "it holds no training rows")
+                continue
+            seconds = self._train_one(client)
+            yield client.answer(self.carrier.read(), int(self.targets[rows].sum()), seconds)
+
+    def _train_one(self, client: Local) -> dict[str, float]:
+        began = time.perf_counter()
+        self.carrier.write(client.assignment.adapter)
+        model = self.carrier.model
+        model.train()  # for the adapter's own dropout; the base's is silent
+        params = [p for p in model.parameters() if p.requires_grad]
+        start = [p.detach().clone() for p in params] if self.rule else []
+        optimizer = self.build(params, client.assignment.lr)
+        scale = FIRST_LOSS_SCALE if self.half else 1.0
+        for step in range(client.steps):
+            scale = self._step(client, step, params, start, optimizer, scale)
+            self.on_step(1)
+        model.eval()
+        # one figure: plain loops overlap nothing, and splitting it would need a synchronisation at every call
+        return {"train": time.perf_counter() - began}
+
+    def _step(
+        self,
+        client: Local,
+        step: int,
+        params: Sequence[Tensor],
+        start: Sequence[Tensor],
+        optimizer: torch.optim.Optimizer,
+        scale: float,
+    ) -> float:
+        """Take one step; return the loss scale to go on with (float16)."""
+        a, settings = client.assignment, self.settings
+        rows = step_rows(self.seed, a.client, client.rows, settings.batch_rows, a.first_step + step)
+        targets = int(self.targets[rows].sum())
+        seed = derive(self.seed, "dropout", a.round, a.client, step)
+        while True:
+            loss = self._gradients(rows, targets, params, start, seed, scale)
+            norm = torch.linalg.vector_norm(torch.stack([p.grad.norm() for p in params if p.grad is not None]))
+            if scale <= 1.0 or bool(torch.isfinite(norm)) or not np.isfinite(loss):
+                break
+            scale /= 2
+        good = bool(np.isfinite(loss)) and bool(torch.isfinite(norm))
+        if settings.grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(params, settings.grad_norm)
+        optimizer.param_groups[0]["lr"] = a.lr * lr_factor(settings, step, client.steps)
+        whole = [torch.ones(p.shape[0] if p.dim() else (), dtype=torch.bool, device=p.device) for p in params]
+        with optimizers.keeping(optimizer, params, None if good else whole):
+            optimizer.step()
+        client.count(loss, targets, [self.tokens.length(n) for n in rows], good=good)
+        return scale
+
+    def _gradients(
+        self, rows: np.ndarray, targets: int, params: Sequence[Tensor], start: Sequence[Tensor], seed: int, scale: float
+    ) -> float:
+        """Fill the gradients of a step and return its loss: the token mean over all its rows."""
+        for p in params:
+            p.grad = torch.zeros_like(p)
+        if not targets:
+            return float("nan")
+        total = 0.0
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            for first in range(0, len(rows), self.plan.micro_rows):
+                nats = self._losses(rows[first : first + self.plan.micro_rows]).sum() / targets
+                (nats * scale).backward()  # type: ignore[no-untyped-call]
+                total += float(nats.detach().double())
+        if self.rule is not None:
+            penalties = [self.rule(p[None], s[None]).sum() for p, s in zip(params, start, strict=True)]
+            (torch.stack(penalties).sum() * scale).backward()  # type: ignore[no-untyped-call]
+        for p in params:
+            if scale != 1.0 and p.grad is not None:
+                p.grad.div_(scale)
+        return total
+
+    def _losses(self, rows: Sequence[int] | np.ndarray) -> Tensor:
+        """Return the cross-entropy of every target token of these rows, in nats, (targets,)."""
+        pairs = [self.tokens.row(int(n)) for n in rows]
+        ids = torch.nn.utils.rnn.pad_sequence([ids for ids, _ in pairs], batch_first=True)
+        labels = torch.nn.utils.rnn.pad_sequence(
+            [row_labels for _, row_labels in pairs], batch_first=True, padding_value=IGNORED
+        )
+        lengths = torch.tensor([len(ids) for ids, _ in pairs])
+        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+        out = self.carrier.model(input_ids=ids.to(self.device), attention_mask=mask.to(self.device))
+        logits = out.logits[:, -ids.shape[1] :]  # soft prompts come before the row's own tokens
+        keep = labels[:, 1:] != IGNORED
+        chosen = logits[:, :-1][keep.to(self.device)]
+        chosen = chosen if chosen.dtype == torch.float64 else chosen.float()
+        return F.cross_entropy(chosen, labels[:, 1:][keep].to(self.device), reduction="none")
+
+    @torch.no_grad()
+    def held_out(self, adapters: Sequence[Adapter], work: Work, rows: int) -> list[Mean]:
+        """Return the loss of adapters[a] on the given rows for each (a, row numbers) of the work, by tokens."""
+        means = [Mean()] * len(work)
+        for a, adapter in enumerate(adapters):
+            self.carrier.write(adapter)
+            for i, (owner, numbers) in enumerate(work):
+                for first in range(0, len(numbers) if owner == a else 0, rows):
+                    losses = self._losses(numbers[first : first + rows])
+                    means[i] += Mean(float(losses.double().sum()), float(len(losses)))
+        return means
+
+    def generate(
+        self, adapters: Sequence[Adapter], work: Work, settings: GenerationSettings, pad_id: int, eos: Sequence[int]
+    ) -> list[list[list[int]]]:
+        """Return the generated ids for each row of each (adapter, row numbers) of the work."""
+        from sheepfold.evaluation.generation import generate
+
+        answers = []
+        for a, numbers in work:
+            self.carrier.write(adapters[a])
+            prompts = [self.tokens.prompt(int(n)) for n in numbers]
+            answers.append(
+                generate(self.carrier.model, prompts, settings, seed=self.seed, pad_token_id=pad_id, eos_token_ids=eos)
+            )
+        return answers
+
+    def without_rule(
+        self, train_rows: Mapping[str, np.ndarray] | None = None, train: TrainSettings | None = None
+    ) -> Self:
+        """Return this engine without its local rule, over other rows or settings where given: for baselines."""
+        other = copy.copy(self)
+        other.rule = None
+        other.train_rows = self.train_rows if train_rows is None else train_rows
+        other.settings = train or self.settings
+        return other
+
+    def close(self) -> None:
+        """Nothing to put back: PEFT keeps the model."""
