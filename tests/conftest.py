@@ -1,0 +1,16 @@
+"""What all tests share: where the data and models beside the project are, if they are."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def lab() -> Path:
+    """The shared folder: $SHEEPFOLD_SHARED, else ../shared beside the repository. For tests marked `lab`."""
+    here = Path(__file__).resolve().parents[1]
+    folder = Path(os.environ.get("SHEEPFOLD_SHARED") or here.parent / "shared")
+    if not (folder / "data").is_dir():
+        pytest.skip(f"no shared data at {folder}; set SHEEPFOLD_SHARED to the folder that has it")
+    return folder
