@@ -63,7 +63,8 @@ class PartitionSettings(Section):
     """How one pile of rows becomes clients."""
 
     by: str = "iid"
-    """iid, shards, dirichlet, meta, natural, quantity, files (per-client files), or module:function."""
+    """iid, shards, dirichlet, meta, natural, quantity, files (per-client files), a partition file (.json), or
+    module:function."""
     clients: Positive = 10
     """Number of clients; natural and files take it from the data."""
     seed: int = 42
@@ -88,11 +89,12 @@ class DataSettings(Section):
     path: str | None = None
     """A local file or folder with the named source's rows, where the hub is not wanted."""
     split: str = "train"
-    """Which split of a hub data set."""
+    """Which split of a hub data set; all: every split, kept apart as training, evaluation and test rows."""
     fields: Mapping[str, str] = Field(default_factory=dict)
-    """Field map for own data: instruction, input, output, category, client, messages -> column name."""
+    """Field map for own data: instruction, input, output, category, client, messages -> column name; an empty name
+    means that there is none."""
     rows: Positive | None = None
-    """Take at most this many rows; for the built-in corpus: how many to make."""
+    """Take at most this many rows; for the built-in corpus: how many to make (2,000 where not set, at most 8,000)."""
     subsample: Fraction = 1.0
     """Keep this share of the rows of each category (Natural Instructions: of each task)."""
     seed: int = 42
@@ -210,12 +212,15 @@ class GenerationSettings(Section):
     """How answers are generated for generative metrics."""
 
     max_new_tokens: Positive = 32
+    """Longest answer in tokens."""
     temperature: Annotated[float, Field(ge=0)] = 0.0
     """0: greedy."""
     top_p: Fraction = 1.0
+    """Sample from the likeliest tokens that hold this share of the probability."""
     top_k: Annotated[int, Field(ge=0)] = 0
-    """0: no limit."""
+    """Sample from this many likeliest tokens; 0: no limit."""
     batch_rows: Positive = 64
+    """Rows generated together."""
 
 
 class EvaluationSettings(Section):

@@ -87,7 +87,7 @@ def adapter(base: Any, rank: int, seed: int, family: str = "llama", dtype: torch
     draw = torch.Generator().manual_seed(seed)
     pairs = {}
     for name, layer in sites(base, family).items():
-        d_in, d_out = linear_shape(layer)
+        d_in, d_out = linear_shape(getattr(layer, "layer", layer))  # injected or not
         A = torch.randn(rank, d_in, generator=draw, dtype=torch.float64) / 6
         B = torch.randn(d_out, rank, generator=draw, dtype=torch.float64) / 6
         pairs[name] = LoraPair(A.to(dtype), B.to(dtype), 16 / rank)

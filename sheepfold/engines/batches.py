@@ -6,7 +6,7 @@ is the token mean over all rows of the step, for each client.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -35,9 +35,9 @@ class Batch:
 
     def to(self, device: str | torch.device) -> "Batch":
         """Return the batch on a device."""
-        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved = {n: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for n, v in values.items()}
-        return Batch(**moved)
+        names = [f.name for f in fields(self) if f.name != "useful_tokens"]
+        moved: dict[str, Any] = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True, slots=True)

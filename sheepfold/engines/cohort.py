@@ -266,8 +266,8 @@ class _Pass:
             weighted = losses * per_token[batch.target_group].to(losses.dtype)
             loss.index_add_(0, batch.target_group, weighted.detach().double())
             self.clock.lap("forward")
-            if len(losses):
-                (weighted.sum() * self.loss_scale).backward()  # a sum over clients keeps each gradient its own
+            if len(losses):  # a sum over clients keeps each gradient its own
+                torch.autograd.backward(weighted.sum() * self.loss_scale)
             self.clock.lap("backward")
         self._penalise()
         loss[torch.from_numpy(targets == 0)] = torch.nan  # a mean over nothing
@@ -286,8 +286,7 @@ class _Pass:
             return
         for local, start in ((self.stack.A, self.start.A), (self.stack.B, self.start.B)):
             for name in self.stack.sites:
-                penalty = self.engine.rule(local[name], start[name]).sum() * self.loss_scale
-                penalty.backward()  # type: ignore[no-untyped-call]
+                torch.autograd.backward(self.engine.rule(local[name], start[name]).sum() * self.loss_scale)
         self.clock.lap("backward")
 
     def _optimize(self, step: int) -> None:

@@ -137,11 +137,11 @@ class PeftModelEngine:
             torch.manual_seed(seed)
             for first in range(0, len(rows), self.plan.micro_rows):
                 nats = self._losses(rows[first : first + self.plan.micro_rows]).sum() / targets
-                (nats * scale).backward()  # type: ignore[no-untyped-call]
+                torch.autograd.backward(nats * scale)
                 total += float(nats.detach().double())
         if self.rule is not None:
             penalties = [self.rule(p[None], s[None]).sum() for p, s in zip(params, start, strict=True)]
-            (torch.stack(penalties).sum() * scale).backward()  # type: ignore[no-untyped-call]
+            torch.autograd.backward(torch.stack(penalties).sum() * scale)
         for p in params:
             if scale != 1.0 and p.grad is not None:
                 p.grad.div_(scale)

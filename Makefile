@@ -1,0 +1,45 @@
+# Every target makes the environment it needs in .venv by itself.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export HF_HUB_OFFLINE = 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-recipes test-browser lint format bench clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
+
+# torch comes first and by its exact version: the plain package, or a range, would pull gigabytes of CUDA libraries.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(VENV)/.ready ## ten clients teach one adapter eight tasks, in about a minute
+	@$(BIN)/sheepfold run
+
+test: $(VENV)/.ready ## the plain suite
+	@$(BIN)/python -m pytest -m "not slow and not browser" tests
+
+test-recipes: $(VENV)/.ready ## every recipe, shrunk; kill -9; the demo's figures
+	@$(BIN)/python -m pytest -m "slow" tests
+
+test-browser: $(VENV)/.ready ## pages in headless Chromium
+	@$(BIN)/python -m pytest -m "browser" tests
+
+lint: $(VENV)/.ready ## ruff and mypy
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: $(VENV)/.ready ## let ruff rewrite
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: $(VENV)/.ready ## ours beside a Trainer and a loop per client, as ratios in one run
+	@$(BIN)/python benchmarks/train.py --quick
+
+clean: ## remove the environment and caches
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,0 +1,213 @@
+"""The command line. Heavy imports wait inside the commands, so that --help answers at once."""
+
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from sheepfold.errors import SheepfoldError
+
+app = typer.Typer(
+    name="sheepfold",
+    help="Federated fine-tuning of large language models: data stays in its fold, only adapters travel.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    add_completion=False,
+)
+data_app = typer.Typer(help="Look at data before anything trains on it.", no_args_is_help=True, rich_markup_mode=None)
+models_app = typer.Typer(help="Work on model weights.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(data_app, name="data")
+app.add_typer(models_app, name="models")
+
+UsageError: Any = typer.BadParameter.__mro__[1]
+"""What typer raises for wrong words on the command line; its own home moved between typer's releases."""
+
+File = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[EXPERIMENT.yaml] [KEY.PATH=VALUE]...", help="Experiment file, and options over it."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Write JSON instead of tables.")]
+
+
+@app.command()
+def run(
+    file: File = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the newest run of this name.")] = False,
+    resume_from: Annotated[int | None, typer.Option(help="Go on from this round (see keep_rounds).")] = None,
+    baseline: Annotated[
+        list[str] | None, typer.Option(help="local, centralised or none: what to compare with at the end.")
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run an experiment; without a file, the demo."""
+    experiment = _experiment(file, _baselines(baseline))
+    from sheepfold import simulation  # torch and transformers come with it
+
+    go: dict[str, Any] = {"resume": resume, "resume_from": resume_from}
+    if quiet or as_json:
+        from sheepfold.display import json_lines
+
+        simulation.run(experiment, **go, listener=json_lines if as_json else simulation.silent)
+        return
+    from sheepfold.display import Terminal
+
+    with Terminal() as terminal:
+        simulation.run(experiment, **go, listener=terminal)
+
+
+@app.command()
+def plan(file: File = None, as_json: AsJson = False) -> None:
+    """Show what a run would do: clients, steps, bytes, memory. Trains nothing and touches no GPU."""
+    experiment = _experiment(file)
+    from sheepfold.forecast import forecast, show
+
+    foreseen = forecast(experiment)
+    _print(foreseen.as_dict()) if as_json else show(foreseen)
+
+
+@app.command()
+def export(
+    run_folder: Annotated[Path, typer.Argument(help="A run's folder.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; must be new or empty.")],
+    merged: Annotated[bool, typer.Option("--merged", help="Write the whole model with the adapter merged in.")] = False,
+    best: Annotated[bool, typer.Option("--best", help="The best evaluation's adapter, not the last round's.")] = False,
+    dtype: Annotated[str, typer.Option(help="Number format of a merged model.")] = "float32",
+) -> None:
+    """Take a run's adapter elsewhere: as a PEFT folder, or merged into the base."""
+    from sheepfold.export import export_run
+
+    typer.echo(export_run(run_folder, out, merged=merged, best=best, dtype=dtype))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of the experiment file, for editors."""
+    from sheepfold.config import json_schema
+
+    _print(json_schema())
+
+
+@data_app.command("split")
+def data_split(
+    out: Annotated[Path, typer.Argument(help="Folder for the per-client files.")],
+    file: File = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write every client's rows into a file of its own, in Shepherd's layout."""
+    experiment = _experiment(file)
+    from sheepfold.data import split_files
+
+    written = split_files.write(experiment.data, out)
+    if as_json:
+        _print({**asdict(written), "folder": str(written.folder)})
+        return
+    typer.echo(f"{written.rows:,} rows of {written.clients} clients in {written.files} files in {written.folder}")
+
+
+@data_app.command("show")
+def data_show(
+    file: File = None,
+    html: Annotated[Path | None, typer.Option(help="Also draw the table as a heat map into this HTML file.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show which client holds how many rows of which category."""
+    experiment = _experiment(file)
+    from sheepfold.data import prepare, table
+
+    counts = table.counts(prepare.partition_only(experiment.data))
+    if html:
+        from sheepfold.state import write_atomic
+
+        write_atomic(html, table.heatmap_html(counts).encode())
+    if as_json:
+        _print(counts.as_dict())
+        return
+    from rich.console import Console
+
+    Console().print(table.terminal(counts))
+
+
+@data_app.command("doctor")
+def data_doctor(file: File = None, as_json: AsJson = False) -> None:
+    """Examine the data as training would see it: lengths, cut rows, missing answers, duplicates, leaks."""
+    experiment = _experiment(file)
+    from sheepfold.assembly import load_data
+    from sheepfold.data import doctor
+    from sheepfold.models import load_tokenizer
+
+    tokenizer = load_tokenizer(experiment.model)
+    report = doctor.examine(load_data(experiment, tokenizer), tokenizer)
+    if as_json:
+        _print(report.as_dict())
+        return
+    from rich.console import Console
+
+    Console().print(doctor.render(report))
+
+
+@models_app.command("apply-delta")
+def apply_delta(
+    base: Annotated[Path, typer.Option(help="Folder of the base's weights.")],
+    delta: Annotated[Path, typer.Option(help="Folder of the delta's weights.")],
+    target: Annotated[Path, typer.Option(help="Folder to write; must be new or empty.")],
+) -> None:
+    """Add a delta to a base, shard by shard: how Vicuna ships its weights."""
+    from sheepfold import deltas
+
+    deltas.apply_delta(base, delta, target)
+    typer.echo(target)
+
+
+def main() -> None:
+    """Run the command line; our own errors become one line and exit code 2."""
+    try:
+        sys.exit(app(standalone_mode=False))
+    except SheepfoldError as error:
+        _fail(str(error))
+    except UsageError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # a group without a command shows its help
+            error.show()
+            sys.exit(2)
+        where = error.ctx.command_path if error.ctx else "sheepfold"
+        _fail(f"{error.format_message()} (see `{where} --help`)")
+    except (typer.Abort, KeyboardInterrupt):
+        sys.stderr.write("sheepfold: interrupted; go on with --resume\n")
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader (head, less) has seen enough
+        sys.exit(141)
+
+
+def _fail(message: str) -> NoReturn:
+    sys.stderr.write(f"sheepfold: {' '.join(message.split())}\n")
+    sys.exit(2)
+
+
+def _experiment(arguments: list[str] | None, more: list[str] | None = None) -> Any:
+    from sheepfold.config import load
+
+    words = arguments or []
+    files = [w for w in words if "=" not in w]
+    if len(files) > 1:
+        raise typer.BadParameter(f"one experiment file at a time, found {', '.join(files)}")
+    return load(files[0] if files else None, [w for w in words if "=" in w] + (more or []))
+
+
+def _baselines(names: list[str] | None) -> list[str]:
+    if not names:
+        return []
+    return [f"baselines=[{', '.join(n for n in names if n != 'none')}]"]
+
+
+def _print(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2))
+
+
+if __name__ == "__main__":
+    main()

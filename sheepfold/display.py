@@ -1,0 +1,177 @@
+"""What a run looks like in a terminal: a live table of rounds, and the closing table. Or JSON lines, or nothing."""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from sheepfold.joining import Closing
+
+MOST_CLIENTS = 20
+"""Clients that the closing table lists one by one; beyond, it shows the summary alone."""
+
+
+class Terminal:
+    """Shows a run as it goes; use as a context manager and pass it as the listener."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console()
+        self._facts: Mapping[str, Any] = {}
+        self._lines: list[Mapping[str, Any]] = []
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed} client steps"),
+            TimeElapsedColumn(),
+        )
+        self._task = self._progress.add_task("starting", total=None)
+        self._live = Live(console=self.console, refresh_per_second=4, transient=False)
+
+    def __enter__(self) -> "Terminal":
+        self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+        self._live.update(self._table() if self._lines else Text(""))
+        self._live.stop()
+
+    def __call__(self, event: str, facts: Mapping[str, Any]) -> None:
+        handler = getattr(self, f"_on_{event}", None)
+        if handler:
+            handler(facts)
+
+    def _on_stage(self, facts: Mapping[str, Any]) -> None:
+        self._progress.reset(self._task, description=facts["text"])
+        self._show()
+
+    def _on_start(self, facts: Mapping[str, Any]) -> None:
+        self._facts = facts
+        self.console.print(
+            f"[bold]{facts['strategy']}[/] on {facts['base']} ({facts['device']}, {facts['dtype']}): "
+            f"{facts['clients']} clients, {facts['cohort']} a round, {facts['rounds']} rounds, "
+            f"{facts['train_rows']:,} training rows, {facts['adapter_numbers']:,} numbers in the adapter, {facts['plan'].clients_per_pass} clients a pass"
+        )
+        for note in facts["notes"]:
+            self.console.print(f"[yellow]note[/] {note}")
+        self._progress.reset(self._task, description="evaluating the base")
+        self._show()
+
+    def _on_round(self, line: Mapping[str, Any]) -> None:
+        self._lines.append(line)
+        self._progress.reset(self._task, description=f"round {line['round'] + 1}")
+        self._show()
+
+    def _on_progress(self, facts: Mapping[str, Any]) -> None:
+        self._progress.advance(self._task, facts["steps"])
+
+    def _on_closing(self, facts: Mapping[str, Any]) -> None:
+        closing = facts["closing"]
+        for measure in [*closing.metrics, "loss"]:
+            self.console.print(closing_table(closing, measure))
+            self.console.print(verdict(closing, measure))
+
+    def _on_end(self, facts: Mapping[str, Any]) -> None:
+        self.console.print(f"adapter, journal and states are in [bold]{facts['folder']}[/]")
+
+    def _show(self) -> None:
+        self._live.update(Group(self._table(), self._progress) if self._lines else self._progress)
+
+    def _table(self) -> Table:
+        table = Table(title="rounds", title_justify="left")
+        for name in ("round", "clients", "train loss", "held-out loss", "worst tenth", "not sampled", "up", "seconds"):
+            table.add_column(name, justify="right")
+        for line in self._lines[-30:]:
+            table.add_row(*_row(line))
+        return table
+
+
+def _row(line: Mapping[str, Any]) -> list[str]:
+    loss = line.get("held_out", {}).get("loss", {})
+    rose = " [yellow]rose[/]" if line.get("rose") else ""
+    train = _figure(line.get("train_loss"), "loss")
+    absent = f" ({len(line['absent'])} absent)" if line.get("absent") else ""
+    skipped = sum(c["skipped_steps"] for c in line.get("clients", {}).values())
+    clients = f"{len(line.get('clients', {}))}{absent}" if line["round"] else ""
+    return [
+        str(line["round"] or "start"),
+        clients + (f" [yellow]{skipped} steps skipped[/]" if skipped else ""),
+        train,
+        _figure(loss.get("weighted"), "loss") + rose,
+        _figure(loss.get("worst_decile"), "loss"),
+        _figure(loss.get("never_sampled"), "loss"),
+        size(line["uplink_bytes"]) if "uplink_bytes" in line else "",
+        f"{line['seconds'].get('round', line['seconds'].get('evaluation', 0.0)):.1f}",
+    ]
+
+
+def size(count: float) -> str:
+    """Return a number of bytes for people: 1.2 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def closing_table(closing: "Closing", measure: str) -> Table:
+    """Return the closing table of one measure: every client's own rows, and everybody's."""
+    scores = closing.scores[measure]
+    shared = scores.get("shared", {})
+    who = [w for w in ("base", "local", "federated", "centralised") if any(w in row for row in scores.values())]
+    table = Table(title=f"was joining worth it? {measure.replace('_', ' ')}", title_justify="left")
+    table.add_column("rows of")
+    for name in who:
+        table.add_column(name, justify="right")
+    table.add_column("alone, on everybody's", justify="right")
+    for client in closing.clients[:MOST_CLIENTS]:
+        own = [_figure(scores.get(client, {}).get(w), measure) for w in who]
+        table.add_row(client, *own, _figure(shared.get(f"local:{client}"), measure))
+    if len(closing.clients) > MOST_CLIENTS:
+        table.add_row(f"… {len(closing.clients) - MOST_CLIENTS} more in closing.json")
+    table.add_section()
+    rows = [scores[c] for c in closing.clients if c in scores]
+    means = [_figure(_mean([row[w] for row in rows if w in row]), measure) for w in who]
+    table.add_row("mean of clients", *means, _figure(_mean(closing.alone_on_shared(measure)), measure))
+    everybody = [_figure(shared.get(w), measure) for w in who]
+    table.add_row("everybody", *everybody)
+    return table
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _figure(value: float | None, measure: str) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4f}" if measure == "loss" else f"{value:.1%}"
+
+
+def verdict(closing: "Closing", measure: str) -> str:
+    """Return what the closing table says, in one or two sentences."""
+    shared = closing.scores[measure].get("shared", {})
+    better, of = closing.helped(measure)
+    alone = closing.alone_on_shared(measure)
+    named = {"base": shared.get("base")}
+    named |= {"best client alone": (min if measure == "loss" else max)(alone)} if alone else {}
+    named |= {name: shared[name] for name in ("federated", "centralised") if name in shared}
+    figures = ", ".join(f"{name} {_figure(value, measure)}" for name, value in named.items() if value is not None)
+    text = f"On everybody's {closing.shared_rows} held-out rows: {figures}."
+    return text + (f" Joining beat training alone on {better} of {of} clients' own rows." if of else "")
+
+
+def json_lines(event: str, facts: Mapping[str, Any]) -> None:
+    """Write rounds, the closing table and the end to standard output, one JSON object a line."""
+    if event == "closing":
+        facts = facts["closing"].as_dict()
+    if event in ("round", "closing", "end"):
+        sys.stdout.write(json.dumps({"event": event, **facts}) + "\n")
+        sys.stdout.flush()

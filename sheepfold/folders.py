@@ -1,0 +1,46 @@
+"""New folders that are whole or absent: filled under a temporary name, then moved into place."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from sheepfold.errors import CheckpointError
+
+
+@contextlib.contextmanager
+def fresh_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a folder to fill; it becomes `target` where the block ends well, and disappears where it does not.
+
+    Raises CheckpointError where the target is there and not empty, or the disk refuses.
+    """
+    target = Path(target)
+    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    with writing(target):
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise CheckpointError(f"{target}: is there and not empty; choose a new folder, or empty this one")
+        partial.mkdir(parents=True)
+    try:
+        with writing(target):
+            yield partial
+            if target.exists():
+                target.rmdir()
+            partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """Turn what a disk says no with into one line about the target."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"{target}: cannot be written ({error.strerror or error}); choose another place"
+        ) from None
+    except SafetensorError as error:
+        raise CheckpointError(f"{target}: cannot be written ({error}); choose another place") from None

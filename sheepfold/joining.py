@@ -1,0 +1,134 @@
+"""Was joining worth it? Base, each client alone, all rows in one place, and the federation, on the same rows."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from sheepfold.adapter import Adapter
+from sheepfold.assembly import Parts
+from sheepfold.engines.common import Work
+from sheepfold.messages import Assignment, Update
+from sheepfold.metrics import Mean
+from sheepfold.state import ServerState
+
+EVERYONE = "everyone"
+"""The one client of the centralised baseline."""
+
+
+@dataclass(frozen=True, slots=True)
+class Closing:
+    """The closing table: score[measure][rows of][who], where 'shared' are everybody's rows."""
+
+    scores: Mapping[str, Mapping[str, Mapping[str, float]]]
+    clients: Sequence[str]
+    shared_rows: int
+    metrics: Sequence[str] = field(default_factory=tuple)
+    """Generative measures, higher is better; 'loss' is always there, lower is better."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the table, ready for JSON."""
+        return {"scores": self.scores, "clients": list(self.clients), "shared_rows": self.shared_rows}
+
+    def alone_on_shared(self, measure: str) -> list[float]:
+        """Return what each client's own adapter reaches on everybody's rows."""
+        return [v for name, v in self.scores[measure].get("shared", {}).items() if name.startswith("local:")]
+
+    def helped(self, measure: str) -> tuple[int, int]:
+        """Return on how many clients' own rows the federation beats training alone, and how many can be compared."""
+        sign = -1 if measure == "loss" else 1
+        own = [s for rows, s in self.scores[measure].items() if rows != "shared" and {"local", "federated"} <= s.keys()]
+        return sum(sign * s["federated"] > sign * s["local"] for s in own), len(own)
+
+
+def train_alone(parts: Parts, rounds: int, lr: Callable[[int], float]) -> dict[str, Adapter]:
+    """Return what every client reaches by itself: as many rounds as the run had, on its own rows, never folded.
+
+    A client that takes no good step keeps what it has.
+    """
+    engine = parts.engine.without_rule()
+    adapters = dict.fromkeys(parts.data.clients, parts.initial)
+    drawn = dict.fromkeys(adapters, 0)
+    for round in range(rounds):
+        work = [Assignment(c, round, a, lr(round), drawn[c]) for c, a in adapters.items()]
+        for answer in engine.train(work):
+            if isinstance(answer, Update):
+                adapters[answer.client] = answer.adapter
+                drawn[answer.client] += answer.measurements.steps
+            else:
+                drawn[answer.client] += answer.steps
+    return adapters
+
+
+def train_centrally(parts: Parts, state: ServerState, lr: Callable[[int], float]) -> Adapter:
+    """Return what all rows in one place reach, with as many optimizer steps as the federation's clients took in sum."""
+    rows = np.concatenate([client.train for client in parts.data.clients.values()])
+    steps = max(1, round(sum(state.drawn.values()) / state.round))
+    train = parts.experiment.train.model_copy(update={"steps": steps, "epochs": None})
+    engine = parts.engine.without_rule({EVERYONE: rows}, train)
+    adapter = parts.initial
+    for r in range(state.round):
+        for answer in engine.train([Assignment(EVERYONE, r, adapter, lr(r), r * steps)]):
+            if isinstance(answer, Update):
+                adapter = answer.adapter
+    return adapter
+
+
+def evaluation_rows(parts: Parts) -> dict[str, np.ndarray]:
+    """Return each client's held-out rows as the experiment asks for them; at most rows_per_client, always the same."""
+    settings = parts.experiment.evaluation
+    return {c: parts.data.label_rows(c, settings.split)[: settings.rows_per_client] for c in parts.data.clients}
+
+
+def shared_rows(parts: Parts) -> np.ndarray:
+    """Return everybody's rows: the global test set, else all clients' held-out rows together."""
+    if len(parts.data.holdout):
+        return parts.data.holdout
+    return np.concatenate(list(evaluation_rows(parts).values()))
+
+
+def compare(
+    parts: Parts, federated: Adapter, local: Mapping[str, Adapter], central: Adapter | None, measures: Sequence[str]
+) -> Closing:
+    """Score everybody on each client's own rows and on everybody's; measures are 'loss' and the run's metrics."""
+    who = {"base": parts.initial, "federated": federated} | ({"centralised": central} if central else {})
+    adapters = [*who.values(), *local.values()]
+    number = {name: i for i, name in enumerate([*who, *(f"local:{c}" for c in local)])}
+    own, shared = evaluation_rows(parts), shared_rows(parts)
+    asked: list[tuple[str, str, np.ndarray]] = []
+    for client, rows in own.items():
+        if len(rows):
+            subjects = [*who, *([f"local:{client}"] if client in local else [])]
+            asked += [(client, subject, rows) for subject in subjects]
+    asked += [("shared", subject, shared) for subject in number] if len(shared) else []
+    work = [(number[subject], rows) for _, subject, rows in asked]
+    scores: dict[str, dict[str, dict[str, float]]] = {}
+    for measure in measures:
+        for (rows_of, subject, _), mean in zip(asked, score(parts, adapters, work, measure), strict=True):
+            label = "local" if rows_of != "shared" and subject.startswith("local:") else subject
+            scores.setdefault(measure, {}).setdefault(rows_of, {})[label] = mean.value
+    return Closing(scores, list(own), len(shared), [m for m in measures if m != "loss"])
+
+
+def score(parts: Parts, adapters: Sequence[Adapter], work: Work, measure: str) -> list[Mean]:
+    """Return the measure of adapters[a] on the given rows, for each (a, row numbers) of the work."""
+    settings = parts.experiment.evaluation
+    if measure == "loss":
+        return parts.engine.held_out(adapters, work, settings.batch_rows)
+    metric, records = parts.metrics[measure], parts.data.records
+    answers = answer(parts, adapters, work)
+    return [
+        Mean(sum(metric(records[int(n)], text) for n, text in zip(numbers, texts, strict=True)), len(numbers))
+        for (_, numbers), texts in zip(work, answers, strict=True)
+    ]
+
+
+def answer(parts: Parts, adapters: Sequence[Adapter], work: Work) -> list[list[str]]:
+    """Return the generated answer for each row of each (adapter, row numbers) of the work, as text."""
+    tokenizer = parts.base.tokenizer
+    stop = parts.base.stop_ids
+    generated = parts.engine.generate(
+        adapters, work, parts.experiment.evaluation.generation, tokenizer.pad_token_id, stop
+    )
+    return [[tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in part] for part in generated]

@@ -1,0 +1,131 @@
+"""A run's folder: what was asked, what happened, and where it stands.
+
+    experiment.yaml   the experiment, every option resolved
+    data.json         what the data amounts to: fingerprint, sizes, rows left out
+    rounds.jsonl      one line for each evaluated start, round and closing table
+    state/            latest.safetensors, best.safetensors, round-0003.safetensors (every file is always whole)
+    adapter/, best/   PEFT folders, written at the end
+
+The journal's line goes to disk before the state does: a run that dies between the two drops the line when it resumes.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sheepfold import state as states
+from sheepfold.config import Experiment, build, dump, read_yaml
+from sheepfold.errors import CheckpointError, ConfigError
+
+MAY_CHANGE = frozenset({"name", "output", "cache", "device", "keep_rounds", "baselines"})
+"""Options that a resumed run may set anew: they change no number of the training."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """One run's folder."""
+
+    path: Path
+
+    @property
+    def latest(self) -> Path:
+        """The state to resume from."""
+        return self.path / "state" / "latest.safetensors"
+
+    @property
+    def best(self) -> Path:
+        """The state of the best evaluation, where one is watched."""
+        return self.path / "state" / "best.safetensors"
+
+    def kept(self, round: int) -> Path:
+        """The state after a round, where it was kept."""
+        return self.path / "state" / f"round-{round:04d}.safetensors"
+
+    def create(self, experiment: Experiment) -> None:
+        """Make the folder and write the experiment down. Raises CheckpointError where the disk refuses."""
+        states.write_atomic(self.path / "experiment.yaml", dump(experiment).encode())
+
+    def experiment(self) -> Experiment:
+        """Return the experiment that the run was started with."""
+        try:
+            return build(read_yaml(self.path / "experiment.yaml"), source=str(self.path / "experiment.yaml"))
+        except ConfigError as error:
+            raise CheckpointError(f"{self.path}: not a run's folder, or a damaged one ({error})") from None
+
+    def write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        """Write one JSON file into the folder."""
+        states.write_atomic(self.path / name, (json.dumps(value, indent=1) + "\n").encode())
+
+    def append(self, line: Mapping[str, Any]) -> None:
+        """Add a line to the journal, on disk before this returns. Raises CheckpointError where the disk refuses."""
+        path = self.path / "rounds.jsonl"
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise CheckpointError(
+                f"{path}: cannot be written ({error.strerror}); free some space, then --resume"
+            ) from None
+
+    def lines(self) -> list[dict[str, Any]]:
+        """Return the journal; a last line that a dying process left half-written is dropped."""
+        try:
+            text = (self.path / "rounds.jsonl").read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return []
+        whole = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
+        try:
+            return [json.loads(line) for line in whole]
+        except ValueError:
+            raise CheckpointError(f"{self.path / 'rounds.jsonl'}: a line is not JSON; was it edited?") from None
+
+    def rewind(self, round: int) -> None:
+        """Drop the journal's lines from after this round, and closing tables."""
+        kept = [line for line in self.lines() if "round" in line and line["round"] <= round]
+        content = "".join(json.dumps(line) + "\n" for line in kept)
+        states.write_atomic(self.path / "rounds.jsonl", content.encode())
+
+
+def new_folder(experiment: Experiment) -> RunFolder:
+    """Return a folder that no run has used: <output>/<name>, or <name>-2, <name>-3, ... Nothing is overwritten."""
+    root = Path(experiment.output)
+    number = 1
+    while (path := root / (experiment.name if number == 1 else f"{experiment.name}-{number}")).exists():
+        number += 1
+    return RunFolder(path)
+
+
+def last_folder(experiment: Experiment) -> RunFolder:
+    """Return the newest folder of this experiment's name. Raises CheckpointError where there is none."""
+    root, number = Path(experiment.output), 1
+    path = root / experiment.name
+    while (root / f"{experiment.name}-{number + 1}").exists():
+        number += 1
+        path = root / f"{experiment.name}-{number}"
+    if not (path / "experiment.yaml").is_file():
+        raise CheckpointError(f"{path}: no run to resume; start it without --resume")
+    return RunFolder(path)
+
+
+def check_same(before: Experiment, now: Experiment) -> None:
+    """Raise ConfigError, naming the option, where a resumed run would not be the one that began."""
+    old, new = before.model_dump(mode="json"), now.model_dump(mode="json")
+    for key, was, is_ in _differences(old, new):
+        if key.split(".")[0] not in MAY_CHANGE:
+            raise ConfigError(f"--resume: {key} was {was!r} and is now {is_!r}; set it back, or start a new run")
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], at: str = "") -> list[tuple[str, Any, Any]]:
+    found = []
+    for key in old.keys() | new.keys():
+        was, is_ = old.get(key), new.get(key)
+        if isinstance(was, dict) and isinstance(is_, dict):
+            found += _differences(was, is_, f"{at}{key}.")
+        elif was != is_:
+            found.append((f"{at}{key}", was, is_))
+    return sorted(found, key=lambda d: d[0])

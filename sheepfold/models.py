@@ -1,0 +1,261 @@
+"""Bases: a frozen causal LM and its tokenizer, from the hub, a folder, or the one that ships.
+
+    settings ── find ── config ── checks ── weights (frozen, silent, on the device) + tokenizer ──▶ Base
+
+Everything that can be wrong with a base is found here and said in one line. Code from a repository is never
+run: `trust_remote_code` stays off, and `.bin` weights are unpickled with `weights_only=True`, which
+transformers 5 does by default and we ask for by name.
+"""
+
+import copy
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sheepfold.config import ModelSettings
+from sheepfold.errors import ConfigError, ModelError
+from sheepfold.loading import first_line, one_line, quiet
+from sheepfold.tokenizers import read_tokenizer
+
+BUILTIN = Path(__file__).parent / "assets" / "tiny"
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """The frozen model that every client shares, with its tokenizer."""
+
+    model: nn.Module
+    """In eval mode, no parameter requires a gradient, no dropout of its own."""
+    tokenizer: Any
+    """Has an EOS and a pad token; pad may be EOS, since masks come from lengths, never from the pad id."""
+    name: str
+    """What the experiment file calls it."""
+    fingerprint: str
+    """Changes when the configuration or the weights do, not with device or dtype."""
+    device: torch.device
+    dtype: torch.dtype
+    dropout: Mapping[str, float] = field(default_factory=dict)
+    """The dropout rates of the configuration as published; the model itself runs without."""
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The tokens that end an answer: the tokenizer's EOS and those of the generation config."""
+        return stop_ids(self.model, self.tokenizer)
+
+
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """A base without weights: what `plan` needs."""
+
+    model: nn.Module
+    """On the meta device: shapes and names, no numbers."""
+    name: str
+    parameters: int
+    dtype: torch.dtype
+    """The dtype that the weights would have on the device asked for."""
+    max_positions: int | None
+    """Longest sequence that the model takes; None where positions are unlimited."""
+
+
+def load_base(settings: ModelSettings, device: str = "auto") -> Base:
+    """Return the base that the settings name, frozen and silent, on the device.
+
+    Raises ModelError (one line: what, where, what next) for whatever cannot be loaded whole.
+    """
+    where, place = _find(settings.base), pick_device(device)
+    config, dtype = _config(where, settings), pick_dtype(settings.dtype, place)
+    tokenizer = _tokenizer(where, settings, config)
+    model = _weights(where, settings, dtype)
+    _check_vocabulary(tokenizer, model, settings.base)
+    published = silence_dropout(model)
+    model.requires_grad_(False).eval().to(place)
+    return Base(model, tokenizer, settings.base, _fingerprint(where, config), place, dtype, published)
+
+
+def config_only(settings: ModelSettings, device: str = "auto") -> Outline:
+    """Return the base's shapes from its configuration alone: no weights are read or allocated."""
+    from transformers import AutoModelForCausalLM
+
+    config = _config(_find(settings.base), settings)
+    with quiet(), one_line(settings.base), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, **_attention(settings))
+    parameters = sum(p.numel() for p in model.parameters())
+    dtype = pick_dtype(settings.dtype, pick_device(device))
+    return Outline(model, settings.base, parameters, dtype, max_positions(config))
+
+
+def load_tokenizer(settings: ModelSettings) -> Any:
+    """Return the base's tokenizer alone, as `load_base` would: for preparing data without a model."""
+    where = _find(settings.base)
+    return _tokenizer(where, settings, _config(where, settings))
+
+
+def silence_dropout(model: nn.Module) -> dict[str, float]:
+    """Set every dropout of the model to zero and return the configuration's former rates by name.
+
+    `adapter.dropout` is the only dropout of a run: draws inside the base (GPT-2 has 0.1) could not be given
+    an address, so engines, batch plans and resumed runs would not agree. Modules, plain float attributes and
+    configuration entries are all set, since families read their rates from any of the three (Falcon's layers
+    read the configuration).
+    """
+    published: dict[str, float] = {}
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name in [n for n, v in vars(module).items() if "drop" in n and isinstance(v, float)]:
+            setattr(module, name, 0.0)
+        config = getattr(module, "config", None)
+        for name, rate in list(vars(config).items()) if config is not None else []:
+            if "drop" in name and isinstance(rate, float) and rate:
+                published.setdefault(name, rate)
+                setattr(config, name, 0.0)
+    return published
+
+
+def stop_ids(model: nn.Module, tokenizer: Any) -> tuple[int, ...]:
+    """Return the ids that end an answer, sorted: the tokenizer's EOS and the generation config's."""
+    told = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids = set(told) if isinstance(told, (list, tuple)) else {told}
+    return tuple(sorted(i for i in ids | {tokenizer.eos_token_id} if i is not None))
+
+
+def max_positions(config: Any) -> int | None:
+    """Return the longest sequence that a model of this configuration takes, in tokens; None: not limited."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(text, "max_position_embeddings", None)
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device; auto: cuda, then mps, then cpu. Raises ConfigError for one that is not there."""
+    if name == "auto":
+        mps = torch.backends.mps.is_available()
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+    try:
+        torch.empty(0, device=(device := torch.device(name)))
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ConfigError(f"device {name!r}: {first_line(error)}; expected auto, cpu, cuda, cuda:1 or mps") from None
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return the weights' dtype; auto: float32 on a CPU, bfloat16 where the device has it, else float16."""
+    if name != "auto":
+        return getattr(torch, name)  # type: ignore[no-any-return]
+    if device.type == "cpu":
+        return torch.float32
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.bfloat16 if torch.backends.mps.is_macos_or_newer(14, 0) else torch.float16
+
+
+def _find(base: str) -> str:
+    """Return the folder or hub id that a base's name means; raise ModelError for a folder that is not one."""
+    if base.startswith("builtin:"):
+        if base != "builtin:tiny":
+            raise ModelError(f"model.base {base!r}: not built in; the one that ships is builtin:tiny")
+        if not BUILTIN.is_dir():
+            raise ModelError(f"model.base {base!r}: {BUILTIN} is missing; reinstall sheepfold")
+        return str(BUILTIN)
+    folder = Path(base).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelError(
+                f"model.base {base!r}: the folder has no config.json; expected a transformers model folder"
+            )
+        return str(folder)
+    if folder.exists():
+        raise ModelError(f"model.base {base!r}: is a file; give the folder that holds config.json and the weights")
+    # A hub id is `name` or `owner/name`; anything else can only be meant as a path.
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base) or base.startswith("."):
+        raise ModelError(f"model.base {base!r}: no such folder; give a folder, a hub id (owner/name) or builtin:tiny")
+    return base
+
+
+def _tokenizer(where: str, settings: ModelSettings, config: Any) -> Any:
+    own = settings.tokenizer and os.path.expanduser(settings.tokenizer)
+    return read_tokenizer(own or where, settings.base, None if own else settings.revision, config)
+
+
+def _config(where: str, settings: ModelSettings) -> Any:
+    from transformers import AutoConfig
+
+    with quiet(), one_line(settings.base):
+        config = AutoConfig.from_pretrained(where, revision=settings.revision, trust_remote_code=False)
+    _check_causal(config, settings.base)
+    return config
+
+
+def _check_causal(config: Any, base: str) -> None:
+    """Raise ModelError unless the configuration is a decoder-only language model's."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    heads = ("forcausallm", "lmheadmodel", "forconditionalgeneration")
+    built = [a for a in config.architectures or [] if a.lower().endswith(heads)]
+    encoder = getattr(config, "is_encoder_decoder", False) or getattr(config, "is_decoder", True) is False
+    if encoder or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or (config.architectures and not built):
+        kind = ", ".join(config.architectures or [config.model_type])
+        raise ModelError(f"model.base {base!r}: {kind} is not a causal language model; choose one (...ForCausalLM)")
+
+
+def _weights(where: str, settings: ModelSettings, dtype: torch.dtype) -> Any:
+    """Return the model with all its weights; a missing tensor is an error, never a random one."""
+    from transformers import AutoModelForCausalLM
+
+    options = {"revision": settings.revision, "dtype": dtype, **_attention(settings)}
+    with quiet(), one_line(settings.base):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            where, trust_remote_code=False, weights_only=True, output_loading_info=True, **options
+        )
+    if missing := sorted(report["missing_keys"]):
+        raise ModelError(
+            f"model.base {settings.base!r}: the weights lack {len(missing)} tensors, such as {missing[0]}; "
+            "download or copy the base again"
+        )
+    return model
+
+
+def _attention(settings: ModelSettings) -> dict[str, str]:
+    # Without the argument transformers takes sdpa, and eager for families that refuse it (Gemma 2, Bloom).
+    return {} if settings.attention == "auto" else {"attn_implementation": settings.attention}
+
+
+def _check_vocabulary(tokenizer: Any, model: Any, base: str) -> None:
+    rows = model.get_input_embeddings().weight.shape[0]
+    beyond = {token: i for token, i in tokenizer.get_vocab().items() if i >= rows}
+    # Gemma 3's text models list <image_soft_token>, one past the last row; text never holds it.
+    text = sorted((i, t) for t, i in beyond.items() if not re.search("image|audio|video", t))
+    if text:
+        raise ModelError(
+            f"model.base {base!r}: the tokenizer has ids up to {text[-1][0]} ({text[-1][1]!r}), the model "
+            f"{rows} embedding rows; set model.tokenizer to the tokenizer that this base was trained with"
+        )
+
+
+def _fingerprint(where: str, config: Any) -> str:
+    """Return a hash of the configuration and of what tells the weights apart.
+
+    A hub base is told by its commit; a folder by its weight files' names, sizes and sixteen 64 KiB samples of
+    each.
+    """
+    settings = copy.deepcopy(config).to_dict()
+    for key in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
+        settings.pop(key, None)
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    digest.update(str(getattr(config, "_commit_hash", None)).encode())
+    for file in sorted(Path(where).glob("*")) if Path(where).is_dir() else []:
+        if file.suffix in (".safetensors", ".bin") and file.is_file():
+            size = file.stat().st_size
+            digest.update(f"{file.name}:{size};".encode())
+            with file.open("rb") as data:
+                for sample in range(16):
+                    data.seek(sample * max(size - 65_536, 0) // 15)
+                    digest.update(data.read(65_536))
+    return digest.hexdigest()[:32]

@@ -1,0 +1,280 @@
+"""A whole run on one machine: the loop of rounds.py, and everything that goes around it."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from sheepfold import joining
+from sheepfold import state as states
+from sheepfold.adapter import Adapter
+from sheepfold.assembly import Parts, assemble, check
+from sheepfold.config import Experiment
+from sheepfold.errors import CheckpointError
+from sheepfold.evaluation.held_out import HeldOut, held_out
+from sheepfold.export import save_adapter
+from sheepfold.journal import RunFolder, check_same, last_folder, new_folder
+from sheepfold.local.steps import round_lr
+from sheepfold.rounds import RoundReport, rounds
+from sheepfold.state import Best, ServerState
+
+Listener = Callable[[str, Mapping[str, Any]], None]
+"""Is told what happens: (event, facts). Events: stage, start, round, progress, closing, end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a run came to."""
+
+    folder: Path
+    state: ServerState
+    closing: joining.Closing | None
+    stopped_early: bool
+
+    @property
+    def adapter(self) -> Adapter:
+        """The global adapter after the last round."""
+        return self.state.adapter
+
+
+def silent(event: str, facts: Mapping[str, Any]) -> None:
+    """Tell nobody."""
+
+
+def run(
+    experiment: Experiment, *, resume: bool = False, resume_from: int | None = None, listener: Listener = silent
+) -> Outcome:
+    """Run an experiment to its end and return what it came to; see journal.py for what it leaves in its folder.
+
+    resume goes on from the newest state of the newest run of this name, resume_from from a kept round of it. Raises
+    SheepfoldError of one kind or another, with one line, for whatever cannot go on; what was written stays.
+    """
+    check(experiment)
+    resume = resume or resume_from is not None
+    folder = last_folder(experiment) if resume else new_folder(experiment)
+    state = _resumed(folder, experiment, resume_from) if resume else None
+    if state is None:
+        folder.create(experiment)
+    listener("stage", {"text": f"loading {experiment.model.base}", "folder": str(folder.path)})
+    parts = assemble(experiment, state.plan if state else None)
+    try:
+        return _run(parts, folder, state, listener)
+    finally:
+        parts.engine.close()
+
+
+def _resumed(folder: RunFolder, experiment: Experiment, round: int | None) -> ServerState | None:
+    """Return the state to go on from, None where the run died before its first one."""
+    check_same(folder.experiment(), experiment)
+    if round is None and not folder.latest.is_file() and not folder.lines():
+        return None
+    if round is not None and not folder.kept(round).is_file():
+        kept = sorted(int(p.stem[-4:]) for p in folder.latest.parent.glob("round-*.safetensors"))
+        raise CheckpointError(f"--resume-from {round}: not kept in {folder.path}; kept rounds: {kept or 'none'}")
+    state = states.load(folder.latest if round is None else folder.kept(round))
+    folder.rewind(state.round)
+    return state
+
+
+def _run(parts: Parts, folder: RunFolder, state: ServerState | None, listener: Listener) -> Outcome:
+    experiment = parts.experiment
+    listener("start", _facts(parts))
+    lr = partial(round_lr, experiment.train, rounds=experiment.federation.rounds)
+    if state is None:
+        folder.write_json("data.json", _data_facts(parts))
+        state = _first(parts, folder, listener)
+    else:
+        for line in folder.lines():
+            listener("round", line)
+    parts.engine.on_step = lambda steps: listener("progress", {"steps": steps})
+    for state in _rounds(parts, folder, state, lr, listener):  # noqa: B020, the state handed out is the next one
+        if _stopped(experiment, state):
+            break
+    parts.engine.on_step = lambda steps: None
+    _export(parts, folder, state)
+    closing = _closing(parts, folder, state, lr, listener)
+    listener("end", {"folder": str(folder.path), "adapter": state.adapter.hash(), "round": state.round})
+    return Outcome(folder.path, state, closing, state.round < experiment.federation.rounds)
+
+
+def _first(parts: Parts, folder: RunFolder, listener: Listener) -> ServerState:
+    """Evaluate and save the state before round 1."""
+    began = time.perf_counter()
+    state = parts.start()
+    scores = evaluate(parts, state)
+    line: dict[str, Any] = {"round": 0, "held_out": scores.as_dict(), "adapter": state.adapter.hash()}
+    line["seconds"] = {"evaluation": time.perf_counter() - began}
+    folder.append(line)
+    state = _with_best(parts.experiment, state, scores)
+    _save(folder, state, parts.experiment)
+    listener("round", line)
+    return state
+
+
+def _rounds(
+    parts: Parts, folder: RunFolder, state: ServerState, lr: Callable[[int], float], listener: Listener
+) -> Iterator[ServerState]:
+    """Go through the remaining rounds: evaluate, write the journal, save, and hand out each state."""
+    experiment = parts.experiment
+    total, every = experiment.federation.rounds, experiment.evaluation.every
+    if _stopped(experiment, state):
+        return
+    before: Mapping[str, float] = next(
+        (line["held_out"]["loss"] for line in reversed(folder.lines()) if "held_out" in line), {}
+    )
+    best = state.best  # rounds() goes on from its own state, which has no part in evaluation
+    for state, report in rounds(  # noqa: B020
+        state, total, sampler=parts.sampler, strategy=parts.strategy, engine=parts.engine, lr=lr
+    ):
+        state = replace(state, best=best)  # noqa: PLW2901
+        line = _line(report, state)
+        if state.round == total or (every and state.round % every == 0):
+            began = time.perf_counter()
+            scores = evaluate(parts, state)
+            line["held_out"] = scores.as_dict()
+            line["rose"] = scores.summary().get("weighted", 0.0) > before.get("weighted", float("inf"))
+            line["seconds"]["evaluation"] = time.perf_counter() - began
+            before = scores.summary()
+            state = _with_best(experiment, state, scores)
+            best = state.best
+        folder.append(line)
+        _save(folder, state, experiment)
+        listener("round", line)
+        yield state
+
+
+def evaluate(parts: Parts, state: ServerState) -> HeldOut:
+    """Return the held-out loss of the state's global adapter on every client's rows, and on the global test set."""
+    own = joining.evaluation_rows(parts)
+    work = [(0, rows) for rows in own.values()]
+    has_global = len(parts.data.holdout) > 0
+    work += [(0, parts.data.holdout)] if has_global else []
+    means = parts.engine.held_out([state.adapter], work, parts.experiment.evaluation.batch_rows)
+    unseen = frozenset(own) - state.drawn.keys()
+    return held_out(list(own), means, unseen, has_global=has_global)
+
+
+def _line(report: RoundReport, state: ServerState) -> dict[str, Any]:
+    """Return a round's line of the journal."""
+    stages: dict[str, float] = {}
+    for measured in report.clients.values():
+        for stage, seconds in measured.seconds.items():
+            stages[stage] = stages.get(stage, 0.0) + seconds
+    clients = {
+        name: {
+            "loss": m.loss.value,
+            "rows": m.rows,
+            "steps": m.steps,
+            "skipped_steps": m.skipped_steps,
+            "processed_rows": m.processed_rows,
+            "processed_tokens": m.processed_tokens,
+        }
+        | ({"why_skipped": m.why_skipped} if m.skipped_steps else {})
+        for name, m in report.clients.items()
+    }
+    return {
+        "round": state.round,
+        "cohort": list(report.cohort),
+        "lr": report.lr,
+        "train_loss": report.loss.value,
+        "clients": clients,
+        "absent": report.absences,
+        "uplink_bytes": report.uplink_bytes,
+        "downlink_bytes": report.downlink_bytes,
+        "seconds": {"round": report.seconds, **stages},
+        "adapter": state.adapter.hash(),
+    }
+
+
+def _with_best(experiment: Experiment, state: ServerState, scores: HeldOut) -> ServerState:
+    """Return the state with its best evaluation brought up to date."""
+    key = experiment.stop.key
+    if key is None:
+        return state
+    summary = scores.summary()
+    name = key.removeprefix("loss.")
+    if name not in summary:
+        return state  # such as never_sampled, once everybody took part: no evaluation, no patience used
+    best = state.best
+    if best is None or summary[name] < best.value - experiment.stop.delta:
+        return replace(state, best=Best(key, summary[name], state.round))
+    return replace(state, best=replace(best, waited=best.waited + 1))
+
+
+def _stopped(experiment: Experiment, state: ServerState) -> bool:
+    return state.best is not None and state.best.waited >= experiment.stop.patience
+
+
+def _save(folder: RunFolder, state: ServerState, experiment: Experiment) -> None:
+    """Save the state; best and kept copies first, so that a state never speaks of a file that is not there."""
+    if state.best is not None and state.best.round == state.round:
+        states.save(state, folder.best)
+    if experiment.keep_rounds and state.round and state.round % experiment.keep_rounds == 0:
+        states.save(state, folder.kept(state.round))
+    states.save(state, folder.latest)
+
+
+def _export(parts: Parts, folder: RunFolder, state: ServerState) -> None:
+    """Write the last and the best adapter as folders that other tools load."""
+    save_adapter(parts, state.adapter, folder.path / "adapter", rounds=state.round)
+    if state.best is not None:
+        best = states.load(folder.best)
+        save_adapter(parts, best.adapter, folder.path / "best", rounds=best.round)
+
+
+def _closing(
+    parts: Parts, folder: RunFolder, state: ServerState, lr: Callable[[int], float], listener: Listener
+) -> joining.Closing | None:
+    """Train the baselines asked for, and compare; None where neither baseline nor metric is asked for."""
+    asked = parts.experiment.baselines
+    if not asked and not parts.metrics:
+        return None
+    local: dict[str, Adapter] = {}
+    if "local" in asked:
+        listener("stage", {"text": "training every client alone"})
+        local = joining.train_alone(parts, state.round, lr)
+    central = None
+    if "centralised" in asked:
+        listener("stage", {"text": "training on all rows in one place"})
+        central = joining.train_centrally(parts, state, lr)
+    listener("stage", {"text": "comparing on held-out rows"})
+    closing = joining.compare(parts, state.adapter, local, central, ["loss", *parts.metrics])
+    folder.write_json("closing.json", closing.as_dict())
+    listener("closing", {"closing": closing})
+    return closing
+
+
+def _facts(parts: Parts) -> dict[str, Any]:
+    """Return what a reader wants to know before the first round."""
+    tensors = parts.initial.tensors().values()
+    return {
+        "base": parts.base.name,
+        "device": str(parts.base.device),
+        "dtype": str(parts.base.dtype).removeprefix("torch."),
+        "clients": len(parts.data.clients),
+        "cohort": parts.sampler.size,
+        "rounds": parts.experiment.federation.rounds,
+        "train_rows": int(sum(len(c.train) for c in parts.data.clients.values())),
+        "adapter_numbers": sum(t.numel() for t in tensors),
+        "plan": parts.engine.plan,
+        "strategy": parts.strategy.name,
+        "notes": [*(f"{rows} rows left out: {why}" for why, rows in parts.data.dropped.items()), *parts.data.notes],
+    }
+
+
+def _data_facts(parts: Parts) -> dict[str, Any]:
+    """Return what the data amounts to: enough to tell whether two runs saw the same."""
+    data = parts.data
+    sizes = {c: {"train": len(r.train), "eval": len(r.eval), "test": len(r.test)} for c, r in data.clients.items()}
+    return {
+        "fingerprint": data.fingerprint,
+        "base": parts.base.fingerprint,
+        "records": len(data.records),
+        "holdout": len(data.holdout),
+        "dropped": dict(data.dropped),
+        "notes": list(data.notes),
+        "tokens_from_cache": data.tokens_from_cache,
+        "clients": sizes,
+    }

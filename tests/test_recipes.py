@@ -1,0 +1,125 @@
+"""Every recipe is a valid experiment, maps what its header claims, and runs when it is made small."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from sheepfold import simulation
+from sheepfold.config import load
+
+RECIPES = {path.stem: path for path in sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))}
+
+ALL_SMALL = {
+    "model.base": "builtin:tiny",
+    "data.max_tokens": 160,
+    "data.cut": "left",
+    "train.epochs": "null",
+    "train.steps": 2,
+    "train.batch_rows": 2,
+    "train.micro_rows": "null",
+    "federation.rounds": 2,
+    "evaluation.every": 1,
+    "keep_rounds": 1,
+}
+"""What makes any recipe small; the method, the partition and the template stay."""
+
+SMALL = {
+    "demo": {"data.rows": 240, "data.partition.holdout_per_category": 2, "baselines": "[]", "evaluation.metrics": "[]"},
+    "fs-llm-dolly-lda": {"data.path": "dolly/train.jsonl.gz", "data.rows": 200},
+    "fs-llm-dolly-meta": {"data.path": "dolly/train.jsonl.gz", "data.rows": 200},
+    "fs-llm-gpt2-alpaca": {"data.path": "alpaca/train.jsonl.gz", "data.rows": 100},
+    "fs-llm-gsm8k": {"data.path": "gsm8k", "data.rows": 100},
+    "shepherd-dolly": {"data.path": "dolly/train.jsonl.gz", "data.rows": 400, "federation.fraction": 0.3},
+}
+"""Recipe -> further options; a data.path is one of the shared folder's."""
+
+CLIENTS = {
+    "demo": 10,
+    "fs-llm-code-search-net": 6,
+    "fs-llm-dolly-lda": 3,
+    "fs-llm-dolly-meta": 8,
+    "fs-llm-gpt2-alpaca": 1,
+    "fs-llm-gsm8k": 3,
+    "fs-llm-rosetta": 9,
+    "shepherd-dolly": 10,
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_a_valid_experiment_of_its_own_name(name):
+    assert load(RECIPES[name]).name == name
+
+
+def test_shepherds_recipe_has_the_settings_of_its_main_py():
+    e = load(RECIPES["shepherd-dolly"])
+    assert (e.adapter.rank, e.adapter.alpha, e.adapter.dropout, e.adapter.targets) == (16, 16, 0.05, ("q_proj",))
+    assert (e.train.batch_rows, e.train.micro_rows, e.train.epochs, e.train.lr) == (64, 8, 10, 3e-4)
+    assert (e.federation.rounds, e.federation.fraction, e.federation.weights) == (50, 0.1, "rows")
+    assert (e.data.template, e.data.max_tokens, e.data.train_on_inputs) == ("alpaca", 512, True)
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith("fs-llm-")])
+def test_an_fs_llm_recipe_trains_as_fs_llm_does(name):
+    e = load(RECIPES[name])
+    assert (e.train.optimizer, e.train.batch_rows, e.train.grad_norm, e.train.schedule) == ("sgd", 1, None, "constant")
+    assert (e.data.template, e.data.train_on_inputs, e.federation.weights) == ("alpaca_legacy", False, "processed_rows")
+    if name != "fs-llm-gpt2-alpaca":
+        assert e.stop.patience > e.federation.rounds / e.evaluation.every  # the best is kept, and no run ends early
+
+
+def run_small(name: str, tmp_path: Path, **options: object) -> simulation.Outcome:
+    """Run a recipe with little data and few steps, and check what any run must leave behind."""
+    values = ALL_SMALL | options | {"output": str(tmp_path / "runs"), "cache": str(tmp_path / "cache")}
+    outcome = simulation.run(load(RECIPES[name], [f"{key}={value}" for key, value in values.items()]))
+    lines = [json.loads(line) for line in (outcome.folder / "rounds.jsonl").read_text().splitlines()]
+    facts = json.loads((outcome.folder / "data.json").read_text())
+    assert [line["round"] for line in lines if "round" in line] == [0, 1, 2]
+    assert lines[-1]["adapter"] == outcome.adapter.hash() != lines[0]["adapter"]
+    assert all(line["held_out"]["loss"] for line in lines)
+    assert len(facts["clients"]) == CLIENTS[name]
+    assert (outcome.folder / "adapter" / "adapter_config.json").is_file()
+    return outcome
+
+
+def test_the_demo_runs_small(tmp_path):
+    run_small("demo", tmp_path, **SMALL["demo"])
+
+
+@pytest.mark.lab
+@pytest.mark.parametrize("name", [name for name in SMALL if "data.path" in SMALL[name]])
+def test_a_recipe_runs_small_on_shared_data(name, lab, tmp_path):
+    path = str(lab / "data" / str(SMALL[name]["data.path"]))
+    run_small(name, tmp_path, **SMALL[name] | {"data.path": path})
+
+
+def test_rosetta_runs_small_on_rows_in_its_layout(tmp_path):
+    languages = ["C", "C++", "Go", "Haskell", "Java", "JavaScript", "Kotlin", "Python", "Rust"]
+    path = write_json(
+        tmp_path / "rosetta_alpaca.json",
+        [{"instruction": f"Print {n}.", "input": l, "output": f"print({n}) // {l}"} for n in range(6) for l in languages],
+    )
+    outcome = run_small("fs-llm-rosetta", tmp_path, **{"data.path": path})
+    assert outcome.state.best is not None
+
+
+def test_code_search_net_runs_small_on_rows_in_its_layout(tmp_path):
+    languages = ["go", "java", "javascript", "php", "python", "ruby"]
+    path = write_json(
+        tmp_path / "code_search_net.json",
+        [
+            {"docstring": f"Return {n}.", "language": language, "code": f"def f{n}(): return {n}"}
+            for n in range(6)
+            for language in languages
+        ],
+    )
+    run_small("fs-llm-code-search-net", tmp_path, **{"data.path": path, "data.subsample": 0.8})
+
+
+def test_every_recipe_is_run_by_a_test_here():
+    assert RECIPES.keys() == CLIENTS.keys() == SMALL.keys() | {"fs-llm-rosetta", "fs-llm-code-search-net"}
+
+
+def write_json(path: Path, rows: list[dict[str, str]]) -> str:
+    path.write_text(json.dumps(rows))
+    return str(path)
