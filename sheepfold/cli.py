@@ -128,9 +128,9 @@ def data_show(
     if as_json:
         _print(counts.as_dict())
         return
-    from rich.console import Console
+    from sheepfold.terminal import console
 
-    Console().print(table.terminal(counts))
+    console().print(table.terminal(counts))
 
 
 @data_app.command("doctor")
@@ -146,9 +146,9 @@ def data_doctor(file: File = None, as_json: AsJson = False) -> None:
     if as_json:
         _print(report.as_dict())
         return
-    from rich.console import Console
+    from sheepfold.terminal import console
 
-    Console().print(doctor.render(report))
+    console().print(doctor.render(report))
 
 
 @models_app.command("apply-delta")

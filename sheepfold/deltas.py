@@ -118,6 +118,7 @@ def _combine(
     with fresh_folder(target) as fresh:
         for number, names in enumerate(shards.values(), start=1):
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else FORMATS[0]
+            names.sort(key=lambda name: base.files[name])  # so that each file of the base is opened once a shard
             tensors = {name: _joined(name, ours, theirs, join) for name in names}
             save_file(tensors, fresh / file, metadata={"format": "pt"})
             index |= dict.fromkeys(names, file)
@@ -126,9 +127,9 @@ def _combine(
         if len(shards) > 1:
             listing = {"metadata": {"total_size": size}, "weight_map": index}
             (fresh / f"{FORMATS[0]}.index.json").write_text(json.dumps(listing, indent=2) + "\n", encoding="utf-8")
-        for file in other.folder.iterdir():
-            if file.is_file() and file.suffix in KEPT and not file.name.endswith(".index.json"):
-                shutil.copyfile(file, fresh / file.name)
+        for path in other.folder.iterdir():
+            if path.is_file() and path.suffix in KEPT and not path.name.endswith(".index.json"):
+                shutil.copyfile(path, fresh / path.name)
 
 
 def _joined(name: str, ours: Reader, theirs: Reader, join: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
@@ -139,11 +140,11 @@ def _joined(name: str, ours: Reader, theirs: Reader, join: Callable[[Tensor, Ten
     wide = torch.promote_types(torch.promote_types(base.dtype, other.dtype), torch.float32)
     if base.shape == other.shape:
         return join(base.to(wide), other.to(wide)).to(other.dtype)
-    tables = (ours.weights.rows, theirs.weights.rows)
-    grown = base.shape[1:] == other.shape[1:] and tables == (base.shape[:1].numel(), other.shape[:1].numel())
-    if not grown or base.shape[0] > other.shape[0]:
+    rows = (ours.weights.rows, theirs.weights.rows)
+    grown = base.shape[1:] == other.shape[1:] and rows == (len(base), len(other)) and len(base) < len(other)
+    if not grown:
         raise ModelError(
-            f"{theirs.weights.folder}: {name} is {tuple(other.shape)}, in the base {tuple(base.shape)}; this delta is for "
+            f"{theirs.weights.folder}: {name} is {tuple(other.shape)}, in the base {tuple(base.shape)}; it belongs to "
             "another base (only the vocabulary may have grown)"
         )
     known = join(base.to(wide), other[: len(base)].to(wide)).to(other.dtype)

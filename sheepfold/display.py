@@ -11,6 +11,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
+from sheepfold.terminal import console, table
+
 if TYPE_CHECKING:
     from sheepfold.joining import Closing
 
@@ -21,8 +23,8 @@ MOST_CLIENTS = 20
 class Terminal:
     """Shows a run as it goes; use as a context manager and pass it as the listener."""
 
-    def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console()
+    def __init__(self, screen: Console | None = None) -> None:
+        self.console = screen or console()
         self._facts: Mapping[str, Any] = {}
         self._lines: list[Mapping[str, Any]] = []
         self._progress = Progress(
@@ -55,9 +57,9 @@ class Terminal:
     def _on_start(self, facts: Mapping[str, Any]) -> None:
         self._facts = facts
         self.console.print(
-            f"[bold]{facts['strategy']}[/] on {facts['base']} ({facts['device']}, {facts['dtype']}): "
-            f"{facts['clients']} clients, {facts['cohort']} a round, {facts['rounds']} rounds, "
-            f"{facts['train_rows']:,} training rows, {facts['adapter_numbers']:,} numbers in the adapter, {facts['plan'].clients_per_pass} clients a pass"
+            f"[bold]{facts['strategy']}[/] on {facts['base']} ({facts['device']}, {facts['dtype']}): {facts['clients']:,} "
+            f"clients, {facts['cohort']:,} a round, {facts['rounds']} rounds; {facts['train_rows']:,} training rows, "
+            f"{facts['adapter_numbers']:,} numbers in the adapter, {facts['plan'].clients_per_pass} clients together"
         )
         for note in facts["notes"]:
             self.console.print(f"[yellow]note[/] {note}")
@@ -85,12 +87,11 @@ class Terminal:
         self._live.update(Group(self._table(), self._progress) if self._lines else self._progress)
 
     def _table(self) -> Table:
-        table = Table(title="rounds", title_justify="left")
-        for name in ("round", "clients", "train loss", "held-out loss", "worst tenth", "not sampled", "up", "seconds"):
-            table.add_column(name, justify="right")
+        headings = ("clients", "train loss", "held-out loss", "worst tenth", "never sampled", "sent up", "seconds")
+        view = table("rounds", "round", *headings)
         for line in self._lines[-30:]:
-            table.add_row(*_row(line))
-        return table
+            view.add_row(*_row(line))
+        return view
 
 
 def _row(line: Mapping[str, Any]) -> list[str]:
@@ -126,23 +127,20 @@ def closing_table(closing: "Closing", measure: str) -> Table:
     scores = closing.scores[measure]
     shared = scores.get("shared", {})
     who = [w for w in ("base", "local", "federated", "centralised") if any(w in row for row in scores.values())]
-    table = Table(title=f"was joining worth it? {measure.replace('_', ' ')}", title_justify="left")
-    table.add_column("rows of")
-    for name in who:
-        table.add_column(name, justify="right")
-    table.add_column("alone, on everybody's", justify="right")
+    title = f"was joining worth it? {measure.replace('_', ' ')}"
+    view = table(title, "rows of", *who, "alone, on everybody's")
     for client in closing.clients[:MOST_CLIENTS]:
         own = [_figure(scores.get(client, {}).get(w), measure) for w in who]
-        table.add_row(client, *own, _figure(shared.get(f"local:{client}"), measure))
+        view.add_row(client, *own, _figure(shared.get(f"local:{client}"), measure))
     if len(closing.clients) > MOST_CLIENTS:
-        table.add_row(f"… {len(closing.clients) - MOST_CLIENTS} more in closing.json")
-    table.add_section()
+        view.add_row(f"… {len(closing.clients) - MOST_CLIENTS} more in closing.json")
+    view.add_section()
     rows = [scores[c] for c in closing.clients if c in scores]
     means = [_figure(_mean([row[w] for row in rows if w in row]), measure) for w in who]
-    table.add_row("mean of clients", *means, _figure(_mean(closing.alone_on_shared(measure)), measure))
+    view.add_row("mean of clients", *means, _figure(_mean(closing.alone_on_shared(measure)), measure))
     everybody = [_figure(shared.get(w), measure) for w in who]
-    table.add_row("everybody", *everybody)
-    return table
+    view.add_row("everybody", *everybody)
+    return view
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -17,7 +17,8 @@ from sheepfold import peft_io
 from sheepfold.adapter import Adapter
 from sheepfold.errors import AdapterMismatch, CheckpointError, ConfigError, suggest
 from sheepfold.folders import fresh_folder, writing
-from sheepfold.models import Base, config_only, load_base, quiet
+from sheepfold.loading import quiet
+from sheepfold.models import Base, config_only, load_base
 from sheepfold.targets import is_conv1d
 
 if TYPE_CHECKING:
@@ -145,9 +146,8 @@ def export_merged(
         untied = {} if _tied(model).isdisjoint(adapter.pairs) else {"tie_word_embeddings": False}
         _edit_json(fresh / "config.json", own | untied)
         card = card or Card(base.name, Path(folder).name, "LoRA", 0)
-        how = (
-            f'from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("{folder}")'
-        )
+        how = "from transformers import AutoModelForCausalLM\n\n"
+        how += 'model = AutoModelForCausalLM.from_pretrained("this folder")'
         (fresh / "README.md").write_text(card.text("merged model", how), encoding="utf-8")
 
 

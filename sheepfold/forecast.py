@@ -103,13 +103,12 @@ def _adapter_size(experiment: Experiment, model: Any, parameters: int) -> tuple[
 
 def show(foreseen: Forecast) -> None:
     """Print a forecast for people."""
-    from rich.console import Console
-    from rich.table import Table
-
     from sheepfold.display import size
+    from sheepfold.terminal import console, table
 
     f = foreseen
-    table = Table(title="what this run would do", title_justify="left", show_header=False)
+    view = table("what this run would do", "", "")
+    view.show_header, view.columns[1].justify = False, "left"
     for name, value in (
         ("clients", f"{f.clients:,}, {f.cohort:,} a round, {f.rounds} rounds"),
         ("rows", f"{f.train_rows:,} for training, {f.eval_rows:,} held out"),
@@ -129,5 +128,5 @@ def show(foreseen: Forecast) -> None:
         ),
         ("traffic", f"{size(f.downlink_bytes_a_round)} down and {size(f.uplink_bytes_a_round)} up a round"),
     ):
-        table.add_row(name, value)
-    Console().print(table)
+        view.add_row(name, value)
+    console().print(view)

@@ -128,7 +128,7 @@ def _rounds(
     for state, report in rounds(  # noqa: B020
         state, total, sampler=parts.sampler, strategy=parts.strategy, engine=parts.engine, lr=lr
     ):
-        state = replace(state, best=best)  # noqa: PLW2901
+        state = replace(state, best=best)
         line = _line(report, state)
         if state.round == total or (every and state.round % every == 0):
             began = time.perf_counter()

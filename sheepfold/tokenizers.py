@@ -43,9 +43,14 @@ def _read(where: str, revision: str | None) -> Any:
     blank = [key for key in (*LLAMA_TOKENS, "pad_token") if told.get(key) == ""]
     if told.get("tokenizer_class") != "LLaMATokenizer":
         return AutoTokenizer.from_pretrained(where, **options, **dict.fromkeys(blank))
-    options |= {key: LLAMA_TOKENS.get(key) for key in blank}
     if cached_file(where, "tokenizer.json", revision=revision, _raise_exceptions_for_missing_entries=False):
-        return AutoTokenizer.from_pretrained(where, **options)
+        tokenizer = AutoTokenizer.from_pretrained(where, **options, **dict.fromkeys(blank))
+        words = tokenizer.get_vocab()
+        for key in blank:
+            if (token := LLAMA_TOKENS.get(key)) in words:  # a token that is not there would need a new row
+                setattr(tokenizer, key, token)
+        return tokenizer
+    options |= {key: LLAMA_TOKENS.get(key) for key in blank}
     # From tokenizer.model alone the class matters: another one splits the first word differently.
     return LlamaTokenizer.from_pretrained(where, add_bos_token=told.get("add_bos_token", True), **options)
 

@@ -133,20 +133,18 @@ def example_text(example: Example) -> "Text":
 
 
 def _table(report: Report, most: int) -> "Table":
-    from rich.table import Table
+    from sheepfold.terminal import table
 
     shown = report.clients if len(report.clients) <= most else report.worst(most)
     hidden = len(report.clients) - len(shown)
     title = f"the {len(shown)} clients with the most findings, of {len(report.clients):,}"
-    table = Table(title=title if hidden else None)
-    table.add_column("client", no_wrap=True)
-    for name in ("train", "eval", "test", "tokens", "learned", "cut", "no target", "repeated", "shared", "leaked"):
-        table.add_column(name, justify="right")
+    headings = ("train", "eval", "test", "tokens", "learned", "cut", "no target", "repeated", "shared", "leaked")
+    view = table(title if hidden else None, "client", *headings)
     for client in shown:
-        table.add_row(client.client, *_cells(client))
-    table.add_section()
-    table.add_row("all", *_cells(report.total()), style="bold")
-    return table
+        view.add_row(client.client, *_cells(client))
+    view.add_section()
+    view.add_row("all", *_cells(report.total()), style="bold")
+    return view
 
 
 def _cells(client: ClientReport) -> Iterator[str]:

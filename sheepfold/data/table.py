@@ -65,13 +65,10 @@ def counts(data: PartitionedData | FederatedData) -> Counts:
 
 def terminal(table: Counts, most_clients: int = 40, most_categories: int = 8) -> "Table":
     """Return a rich table; beyond the limits, clients are left out and categories added up, and the table says so."""
-    from rich.table import Table
+    from sheepfold.terminal import table as empty_table
 
     shown, total = table.limited(most_clients, most_categories)
-    view = Table(title=_summary(table))
-    view.add_column("client", no_wrap=True)
-    for name in (*shown.categories, "all"):
-        view.add_column(name, justify="right")
+    view = empty_table(_summary(table), "client", *(c.replace("_", " ") for c in shown.categories), "all")
     for client, row in zip(shown.clients, shown.rows, strict=True):
         view.add_row(client, *(f"{count:,}" if count else "·" for count in row), f"[bold]{row.sum():,}")
     if hidden := len(table.clients) - len(shown.clients):
