@@ -18,7 +18,7 @@ from sheepfold.evaluation.held_out import KEYS
 from sheepfold.evaluation.text_metrics import Metric
 from sheepfold.evaluation.text_metrics import resolve as resolve_metric
 from sheepfold.local import optimizers, rules
-from sheepfold.models import Base, load_base
+from sheepfold.models import Base, load_base, max_positions
 from sheepfold.sampler import UniformSampler, sampler
 from sheepfold.state import BatchPlan, ServerState
 from sheepfold.strategies import strategy
@@ -60,6 +60,15 @@ def check(experiment: Experiment) -> tuple[Strategy, dict[str, Metric]]:
     return made, metrics
 
 
+def check_length(experiment: Experiment, positions: int | None) -> None:
+    """Raise ConfigError where rows may be longer than the base's positions (None: it has no end of positions)."""
+    if positions is not None and experiment.data.max_tokens > positions:
+        raise ConfigError(
+            f"data.max_tokens {experiment.data.max_tokens}: {experiment.model.base} has {positions} positions; "
+            f"set it to {positions} or less"
+        )
+
+
 def local_rule(experiment: Experiment) -> rules.LocalRule | None:
     """Return the experiment's local rule with its arguments, or None."""
     train = experiment.train
@@ -73,6 +82,7 @@ def assemble(experiment: Experiment, plan: BatchPlan | None = None) -> Parts:
     """
     made, metrics = check(experiment)
     base = load_base(experiment.model, experiment.device)
+    check_length(experiment, max_positions(base.model.config))
     data = load_data(experiment, base.tokenizer)
     chosen = sampler(experiment.federation, list(data.clients), experiment.seed)
     train_rows = {name: rows.train for name, rows in data.clients.items()}

@@ -56,10 +56,11 @@ class Terminal:
 
     def _on_start(self, facts: Mapping[str, Any]) -> None:
         self._facts = facts
+        f = facts
         self.console.print(
-            f"[bold]{facts['strategy']}[/] on {facts['base']} ({facts['device']}, {facts['dtype']}): {facts['clients']:,} "
-            f"clients, {facts['cohort']:,} a round, {facts['rounds']} rounds; {facts['train_rows']:,} training rows, "
-            f"{facts['adapter_numbers']:,} numbers in the adapter, {facts['plan'].clients_per_pass} clients together"
+            f"[bold]{f['strategy']}[/] on {f['base']} ({f['device']}, {f['dtype']}): {f['clients']:,} clients, "
+            f"{f['cohort']:,} a round, {f['rounds']} rounds; {f['train_rows']:,} training rows, "
+            f"{f['adapter_numbers']:,} numbers in the adapter, {f['plan'].clients_per_pass} clients together"
         )
         for note in facts["notes"]:
             self.console.print(f"[yellow]note[/] {note}")

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from sheepfold import planning
-from sheepfold.assembly import check, load_data
+from sheepfold.assembly import check, check_length, load_data
 from sheepfold.config import Experiment
 from sheepfold.local.steps import steps_in_round
 from sheepfold.models import config_only, load_tokenizer, pick_device
@@ -49,6 +49,7 @@ def forecast(experiment: Experiment) -> Forecast:
     """Return what a run of this experiment would do. Raises what the run itself would raise for its settings."""
     check(experiment)
     outline = config_only(experiment.model, experiment.device)
+    check_length(experiment, outline.max_positions)
     data = load_data(experiment, load_tokenizer(experiment.model))
     chosen = sampler(experiment.federation, list(data.clients), experiment.seed)
     sizes = np.array([len(c.train) for c in data.clients.values()])

@@ -4,6 +4,11 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# Cores are shared and imports are slow: a deadline would fail examples for the machine's sake.
+settings.register_profile("sheepfold", deadline=None)
+settings.load_profile("sheepfold")
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """Small real things to test with: models of two layers, ragged rows, adapters with something in them."""
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -65,7 +66,7 @@ def tokens(rows: int = sum(CLIENTS.values()), seed: int = 0, shortest: int = 5, 
     lengths = rng.integers(shortest, longest, rows)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     is_target = np.zeros(offsets[-1], dtype=bool)
-    for start, end in zip(offsets[:-1], offsets[1:], strict=True):
+    for start, end in itertools.pairwise(offsets):
         is_target[start + (end - start) // 2 : end] = True
     ids = rng.integers(3, VOCABULARY, offsets[-1]).astype(np.int32)
     return TokenRows(ids, is_target, offsets, (lengths // 2).astype(np.int32), np.zeros(rows, dtype=bool))

@@ -79,16 +79,16 @@ CASES: dict[str, tuple[Callable[[Path], Words], str]] = {
     "empty file": (with_file("rows.jsonl", b""), "rows.jsonl"),
     "broken line": (with_file("rows.jsonl", b'{"instruction": "a", "output": "b"}\n{"instruction": \n'), "line 2"),
     "wrong encoding": (with_file("rows.jsonl", b'{"instruction": "caf\xe9", "output": "b"}\n'), "rows.jsonl"),
-    "truncated gzip": (with_file("rows.jsonl.gz", gzip.compress(json.dumps(good()[0]).encode() * 99)[:60]), "rows.jsonl.gz"),
+    "truncated gzip": (with_file("rows.jsonl.gz", gzip.compress(b"{}" * 99)[:20]), "rows.jsonl.gz"),
     "missing column": (lambda t: own(rows(t / "r.jsonl", *good()), instruction="prompt"), "prompt"),
-    "no answer anywhere": (lambda t: own(rows(t / "r.jsonl", *({"instruction": "a", "output": " "} for _ in range(9)))), "output"),
+    "no answer anywhere": (lambda t: own(rows(t / "r.jsonl", *({"instruction": "a", "output": " "},) * 9)), "output"),
     "fewer rows than clients": (lambda t: own(rows(t / "r.jsonl", *good(3))), "4 clients"),
     "fewer categories than clients": (
         lambda t: [*own(rows(t / "r.jsonl", *good())), "data.partition.by=meta"],
         "2 categor",
     ),
     "no category for shards": (
-        lambda t: [*own(rows(t / "r.jsonl", *({"instruction": f"a{i}", "output": "b"} for i in range(40)))), "data.partition.by=shards"],
+        lambda t: [*own(rows(t / "r.jsonl", *({"instruction": "a", "output": "b"},) * 40)), "data.partition.by=shards"],
         "categor",
     ),
     "no client column": (lambda t: [*own(rows(t / "r.jsonl", *good())), "data.partition.by=natural"], "client"),
@@ -101,10 +101,12 @@ CASES: dict[str, tuple[Callable[[Path], Words], str]] = {
     "hub id offline": (lambda t: ["model.base=somebody/some-model"], "somebody/some-model"),
     "folder without config": (lambda t: [f"model.base={folder_without(t, 'config.json')}"], "config.json"),
     "folder without tokenizer": (lambda t: [f"model.base={folder_without(t, 'tokenizer.json')}"], "tokenizer"),
-    "truncated weights": (lambda t: [f"model.base={folder_without(t, 'model.safetensors', 5000)}"], "the weights are damaged"),
+    "truncated weights": (lambda t: [f"model.base={folder_without(t, 'model.safetensors', 5000)}"], "are damaged"),
     "target that matches nothing": (lambda t: ["adapter.targets=[q_prj]"], "q_proj"),
     "rank above the matrix": (lambda t: ["adapter.rank=4000"], "4000"),
     "adapter folder that is none": (lambda t: [f"adapter.start={t}"], "no adapter_model.safetensors"),
+    "rows longer than the model": (lambda t: ["data.max_tokens=4096"], "1024 positions"),
+    "adapting the head in a cohort": (lambda t: ["adapter.targets=[lm_head]"], "output head"),
     "no such device": (lambda t: ["device=cuda:7"], "cuda"),
 }  # fmt: skip
 

@@ -1,5 +1,6 @@
 """Exports compute what was evaluated, in plain transformers and plain PEFT, and leave the base alone."""
 
+import copy
 import json
 
 import pytest
@@ -36,7 +37,7 @@ CARD = Card("base", "demo", "fedavg", 3)
 
 def base_of(family):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[family]).eval()
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[family])).eval()
     dropout = silence_dropout(model)
     tokenizer = AutoTokenizer.from_pretrained(BUILTIN)
     return Base(model, tokenizer, "base", "", torch.device("cpu"), torch.float32, dropout)
@@ -109,7 +110,7 @@ def test_whole_tensors_of_an_adapter_replace_the_bases():
     head = torch.ones(32, 16)
     assert torch.equal(merged(model, Adapter({}, {"lm_head.weight": head}))["lm_head.weight"], head)
     with pytest.raises(
-        AdapterMismatch, match="score.weight: the adapter holds it whole, and the base has no such tensor"
+        AdapterMismatch, match=r"score.weight: the adapter holds it whole, and the base has no such tensor"
     ):
         merged(model, Adapter({}, {"score.weight": head}))
 
@@ -150,7 +151,7 @@ def test_an_export_that_fails_leaves_nothing_behind(tmp_path):
 
 
 def test_an_unknown_dtype_lists_the_known(tmp_path):
-    with pytest.raises(ConfigError, match="--dtype 'fp16': .*float16"):
+    with pytest.raises(ConfigError, match=r"--dtype 'fp16': .*float16"):
         export_run(tmp_path, tmp_path / "out", merged=True, dtype="fp16")
 
 

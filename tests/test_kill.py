@@ -14,7 +14,8 @@ import pytest
 OPTIONS = [
     "data.rows=96", "data.max_tokens=64", "data.partition.by=shards", "data.partition.clients=4", "adapter.rank=4",
     "adapter.dropout=0.1", "train.steps=6", "train.batch_rows=4", "federation.rounds=6",
-    "federation.clients_per_round=3", "federation.strategy=fedavg", "stop.key=loss.weighted", "stop.patience=9", "baselines=[]",
+    "federation.clients_per_round=3", "federation.strategy=fedavg", "stop.key=loss.weighted",
+    "stop.patience=9", "baselines=[]",
     "evaluation.metrics=[]",
 ]  # fmt: skip
 

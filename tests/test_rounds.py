@@ -72,7 +72,7 @@ def test_an_absent_client_takes_no_part_in_the_fold_and_is_named():
 def test_a_round_without_a_single_update_stops_with_the_reasons():
     base = small.model()
     engine = small.cohort_engine(base, TrainSettings(steps=1, batch_rows=4))
-    with pytest.raises(TrainingError, match="round 1: no client took a good step .*gone"):
+    with pytest.raises(TrainingError, match=r"round 1: no client took a good step .*gone"):
         a_run(Halfhearted(engine, set(small.CLIENTS)), base, size=4)
     engine.close()
 

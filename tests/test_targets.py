@@ -73,9 +73,7 @@ def test_the_table_read_from_source_is_the_table_that_peft_imports():
 
 
 def test_an_entry_that_matches_nothing_lists_what_exists():
-    with pytest.raises(
-        ModelError, match=r"'q_prj' matches no module; did you mean 'q_proj'\? known: .*up_proj"
-    ):
+    with pytest.raises(ModelError, match=r"'q_prj' matches no module; did you mean 'q_proj'\? known: .*up_proj"):
         find_targets(build("llama"), ("v_proj", "q_prj"))
 
 
@@ -85,17 +83,13 @@ def test_part_of_a_name_is_not_a_match():
 
 
 def test_an_entry_for_a_module_that_is_not_linear_is_refused():
-    with pytest.raises(
-        ModelError, match=r"'mlp' matches model.layers.0.mlp, a LlamaMLP.*linear layers only: .*q_proj"
-    ):
+    with pytest.raises(ModelError, match=r"'mlp' matches model.layers.0.mlp, a LlamaMLP.*linear layers only: .*q_proj"):
         find_targets(build("llama"), ("mlp",))
 
 
 def test_a_family_without_a_default_says_what_to_set():
     model = AutoModelForCausalLM.from_config(Phi3Config(**SMALL, **FFN, pad_token_id=0))
-    with pytest.raises(
-        ModelError, match=r"no default for the family 'phi3'; set adapter.targets to all-linear"
-    ):
+    with pytest.raises(ModelError, match=r"no default for the family 'phi3'; set adapter.targets to all-linear"):
         find_targets(model, "auto")
 
 
@@ -133,7 +127,5 @@ def test_a_draw_belongs_to_its_seed_and_module_alone():
 
 
 def test_a_rank_beyond_the_smaller_side_is_refused_with_the_numbers():
-    with pytest.raises(
-        ConfigError, match=r"adapter.rank 9: .*k_proj is 16 -> 8: its update has rank 8 at most"
-    ):
+    with pytest.raises(ConfigError, match=r"adapter.rank 9: .*k_proj is 16 -> 8: its update has rank 8 at most"):
         new_adapter(find_targets(build("llama"), ("k_proj",)), rank=9, alpha=16, seed=0)

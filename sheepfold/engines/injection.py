@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -162,10 +163,16 @@ class Site(nn.Module):
 class CohortModel:
     """A frozen base whose adapted layers can carry any number of adapters at once."""
 
-    def __init__(self, model: nn.Module, sites: Mapping[str, nn.Module]) -> None:
-        """Put a Site in the place of every layer in `sites`. `close` puts the layers back."""
+    def __init__(self, model: Any, sites: Mapping[str, nn.Module]) -> None:
+        """Put a Site in the place of every layer in `sites`; `close` puts the layers back. Raises ModelError."""
         if not sites:
             raise ModelError("no layer to adapt: adapter.targets matched nothing")
+        head = model.get_output_embeddings()
+        if odd := [name for name, layer in sites.items() if layer is head]:
+            raise ModelError(
+                f"{odd[0]}: the output head; the cohort engine computes it at targets alone and does not adapt "
+                "it: leave it out of adapter.targets, or use train.engine peft_model"
+            )
         self.model = model
         self.layers = dict(sites)
         self.selection: Selection | None = None

@@ -221,7 +221,7 @@ def test_later_rounds_draw_the_rows_that_earlier_ones_did_not():
 
 @pytest.mark.parametrize("name", ["lbfgs", "adafactor", "asgd"])
 def test_an_optimizer_that_couples_elements_is_refused_by_name(name):
-    with pytest.raises(ConfigError, match="use train.engine peft_model"):
+    with pytest.raises(ConfigError, match=r"use train\.engine peft_model"):
         small.cohort_engine(small.model(), TrainSettings(steps=1, optimizer=name))
 
 

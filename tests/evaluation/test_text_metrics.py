@@ -1,7 +1,7 @@
 """Scores of answers: what counts as equal, who judges the built-in corpus, and how scores merge."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sheepfold.assets import corpus
@@ -26,6 +26,7 @@ def test_everything_else_does(answer):
     assert exact_match(record("Yorkshire"), answer) == 0
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_a_reference_matches_itself_whatever_space_surrounds_it(text):
     assert exact_match(record(text), f"  {text}\n") == 1
@@ -56,6 +57,7 @@ def test_rouge_l_is_the_f_measure_of_the_longest_common_subsequence():
     assert rouge_l(record("a b"), "") == 0
 
 
+@settings(deadline=None)
 @given(WORDS, WORDS)
 def test_rouge_l_equals_a_textbook_implementation(left, right):
     def tokens(words):

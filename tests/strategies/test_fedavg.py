@@ -43,7 +43,7 @@ def test_the_fold_is_the_weighted_mean_of_the_factors(rows, kind):
 
 @given(weights)
 def test_equal_clients_return_themselves(rows):
-    updates = [Update(f"c{i}", an_update("", 5, n).adapter, an_update("", 5, n).measurements) for i, n in enumerate(rows)]
+    updates = [an_update(f"c{i}", 5, n) for i, n in enumerate(rows)]
     folded = fedavg().fold(a_state(), iter(updates)).adapter
     torch.testing.assert_close(folded.pairs["q"].A, updates[0].adapter.pairs["q"].A)
 
