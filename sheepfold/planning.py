@@ -15,8 +15,8 @@ BYTES_PER_NUMBER = 16
 """An adapter number in training: itself, its gradient, and two moments, in float32."""
 ADAPTER_SHARE = 0.25
 """Share of the memory that the stacked adapters of a pass may fill; the base and activations get the rest."""
-MICRO_TOKENS = {"cpu": 4096, "cuda": 16384}
-"""Most tokens in a forward pass: on a CPU what still fits its caches, on a GPU what fills it."""
+MICRO_TOKENS = {"cpu": 1024, "cuda": 16384}
+"""Most tokens in a forward pass: on a CPU what stays in its caches and pads little, on a GPU what fills it."""
 
 
 def total_memory(device: torch.device) -> int:
