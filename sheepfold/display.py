@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
+from sheepfold.journal import plain
 from sheepfold.terminal import console, table
 
 if TYPE_CHECKING:
@@ -172,5 +173,5 @@ def json_lines(event: str, facts: Mapping[str, Any]) -> None:
     if event == "closing":
         facts = facts["closing"].as_dict()
     if event in ("round", "closing", "end"):
-        sys.stdout.write(json.dumps({"event": event, **facts}) + "\n")
+        sys.stdout.write(json.dumps(plain({"event": event, **facts})) + "\n")
         sys.stdout.flush()

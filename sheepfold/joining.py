@@ -1,5 +1,6 @@
 """Was joining worth it? Base, each client alone, all rows in one place, and the federation, on the same rows."""
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -7,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from sheepfold.adapter import Adapter
-from sheepfold.assembly import Parts
+from sheepfold.assembly import AnyEngine, Parts
+from sheepfold.config import TrainSettings
 from sheepfold.engines.common import Work
 from sheepfold.messages import Assignment, Update
 from sheepfold.metrics import Mean
@@ -47,7 +49,7 @@ def train_alone(parts: Parts, rounds: int, lr: Callable[[int], float]) -> dict[s
 
     A client that takes no good step keeps what it has.
     """
-    engine = parts.engine.without_rule()
+    engine = _plain(parts.engine)
     adapters = dict.fromkeys(parts.data.clients, parts.initial)
     drawn = dict.fromkeys(adapters, 0)
     for round in range(rounds):
@@ -66,13 +68,24 @@ def train_centrally(parts: Parts, state: ServerState, lr: Callable[[int], float]
     rows = np.concatenate([client.train for client in parts.data.clients.values()])
     steps = max(1, round(sum(state.drawn.values()) / state.round))
     train = parts.experiment.train.model_copy(update={"steps": steps, "epochs": None})
-    engine = parts.engine.without_rule({EVERYONE: rows}, train)
+    engine = _plain(parts.engine, {EVERYONE: rows}, train)
     adapter = parts.initial
     for r in range(state.round):
         for answer in engine.train([Assignment(EVERYONE, r, adapter, lr(r), r * steps)]):
             if isinstance(answer, Update):
                 adapter = answer.adapter
     return adapter
+
+
+def _plain(
+    engine: AnyEngine, train_rows: Mapping[str, np.ndarray] | None = None, train: TrainSettings | None = None
+) -> AnyEngine:
+    """Return the engine without its local rule, over other rows or settings where given."""
+    other = copy.copy(engine)
+    other.rule = None
+    other.train_rows = engine.train_rows if train_rows is None else train_rows
+    other.settings = train or engine.settings
+    return other
 
 
 def evaluation_rows(parts: Parts) -> dict[str, np.ndarray]:

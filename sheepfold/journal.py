@@ -10,6 +10,7 @@ The journal's line goes to disk before the state does: a run that dies between t
 """
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -44,6 +45,10 @@ class RunFolder:
         """The state after a round, where it was kept."""
         return self.path / "state" / f"round-{round:04d}.safetensors"
 
+    def kept_rounds(self) -> list[int]:
+        """Return the rounds whose states were kept."""
+        return sorted(int(path.stem[-4:]) for path in self.latest.parent.glob("round-*.safetensors"))
+
     def create(self, experiment: Experiment) -> None:
         """Make the folder and write the experiment down. Raises CheckpointError where the disk refuses."""
         states.write_atomic(self.path / "experiment.yaml", dump(experiment).encode())
@@ -57,14 +62,14 @@ class RunFolder:
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Write one JSON file into the folder."""
-        states.write_atomic(self.path / name, (json.dumps(value, indent=1) + "\n").encode())
+        states.write_atomic(self.path / name, (json.dumps(plain(value), indent=1) + "\n").encode())
 
     def append(self, line: Mapping[str, Any]) -> None:
         """Add a line to the journal, on disk before this returns. Raises CheckpointError where the disk refuses."""
         path = self.path / "rounds.jsonl"
         try:
             with open(path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(json.dumps(plain(line)) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
@@ -89,6 +94,15 @@ class RunFolder:
         kept = [line for line in self.lines() if "round" in line and line["round"] <= round]
         content = "".join(json.dumps(line) + "\n" for line in kept)
         states.write_atomic(self.path / "rounds.jsonl", content.encode())
+
+
+def plain(value: Any) -> Any:
+    """Return the value with null for numbers that JSON has no word for: nan and infinities."""
+    if isinstance(value, Mapping):
+        return {key: plain(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def new_folder(experiment: Experiment) -> RunFolder:

@@ -68,10 +68,11 @@ def run(
 def _resumed(folder: RunFolder, experiment: Experiment, round: int | None) -> ServerState | None:
     """Return the state to go on from, None where the run died before its first one."""
     check_same(folder.experiment(), experiment)
-    if round is None and not folder.latest.is_file() and not folder.lines():
+    kept = folder.kept_rounds()
+    if round is None and not folder.latest.is_file() and not kept:
+        folder.rewind(-1)  # it died before its first state: begin again
         return None
-    if round is not None and not folder.kept(round).is_file():
-        kept = sorted(int(p.stem[-4:]) for p in folder.latest.parent.glob("round-*.safetensors"))
+    if round is not None and round not in kept:
         raise CheckpointError(f"--resume-from {round}: not kept in {folder.path}; kept rounds: {kept or 'none'}")
     state = states.load(folder.latest if round is None else folder.kept(round))
     folder.rewind(state.round)
@@ -134,7 +135,7 @@ def _rounds(
             began = time.perf_counter()
             scores = evaluate(parts, state)
             line["held_out"] = scores.as_dict()
-            line["rose"] = scores.summary().get("weighted", 0.0) > before.get("weighted", float("inf"))
+            line["rose"] = _rose(before, scores.summary())
             line["seconds"]["evaluation"] = time.perf_counter() - began
             before = scores.summary()
             state = _with_best(experiment, state, scores)
@@ -143,6 +144,12 @@ def _rounds(
         _save(folder, state, experiment)
         listener("round", line)
         yield state
+
+
+def _rose(before: Mapping[str, float], now: Mapping[str, float]) -> bool:
+    """Return whether held-out loss is no lower than at the last evaluation, nan included."""
+    key = "weighted" if "weighted" in now else "global"
+    return key in before and key in now and not now[key] < before[key]
 
 
 def evaluate(parts: Parts, state: ServerState) -> HeldOut:

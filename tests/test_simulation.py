@@ -8,7 +8,7 @@ import pytest
 
 from sheepfold import simulation
 from sheepfold import state as states
-from sheepfold.errors import CheckpointError, ConfigError
+from sheepfold.errors import CheckpointError, ConfigError, TrainingError
 from sheepfold.peft_io import read_peft
 from tests.runs import experiment
 
@@ -183,3 +183,24 @@ print("peft" in sys.modules, "bitsandbytes" in sys.modules)
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert out.returncode == 0, out.stderr[-2000:]
     assert out.stdout.strip().endswith("False False")
+
+
+def test_a_run_that_died_before_its_first_state_begins_again(tmp_path):
+    made = experiment(tmp_path)
+    whole = simulation.run(made)
+    for path in (whole.folder / "state").iterdir():
+        path.unlink()
+    again = simulation.run(made, resume=True)
+    assert again.folder == whole.folder
+    assert again.adapter.hash() == whole.adapter.hash()
+    assert [line["round"] for line in lines(again)] == [0, 1, 2]
+
+
+def test_a_run_that_diverges_stops_with_the_reason_and_keeps_its_last_state(tmp_path):
+    over = {"train.lr": 1e30, "train.grad_norm": None, "train.optimizer": "sgd"}
+    with pytest.raises(TrainingError, match=r"no client took a good step .*overflow"):
+        simulation.run(experiment(tmp_path, **over))
+    folder = tmp_path / "runs" / "small"
+    assert states.load(folder / "state" / "latest.safetensors").round < 2
+    text = (folder / "rounds.jsonl").read_text()
+    assert "NaN" not in text

@@ -6,11 +6,9 @@ Each client's gradient is clipped by its own norm, and one element-wise optimize
 Clients with fewer steps leave early: the pass is sorted by steps, so the active ones are always the first k.
 """
 
-import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Self
 
 import numpy as np
 import torch
@@ -124,16 +122,6 @@ class CohortEngine:
             )  # fmt: skip
         parts = iter(answers)
         return [[next(parts) for _ in numbers] for _, numbers in work]
-
-    def without_rule(
-        self, train_rows: Mapping[str, np.ndarray] | None = None, train: TrainSettings | None = None
-    ) -> Self:
-        """Return this engine without its local rule, over other rows or settings where given: for baselines."""
-        other = copy.copy(self)
-        other.rule = None
-        other.train_rows = self.train_rows if train_rows is None else train_rows
-        other.settings = train or self.settings
-        return other
 
     def close(self) -> None:
         """Put the base's own layers back."""

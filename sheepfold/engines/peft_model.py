@@ -4,10 +4,9 @@ It trains any PEFT method, and all weights (`adapter.method: full`); the cohort 
 rows, steps, learning rates, clipping and loss as there, written the ordinary way.
 """
 
-import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -189,16 +188,6 @@ class PeftModelEngine:
                 generate(self.carrier.model, prompts, settings, seed=self.seed, pad_token_id=pad_id, eos_token_ids=eos)
             )
         return answers
-
-    def without_rule(
-        self, train_rows: Mapping[str, np.ndarray] | None = None, train: TrainSettings | None = None
-    ) -> Self:
-        """Return this engine without its local rule, over other rows or settings where given: for baselines."""
-        other = copy.copy(self)
-        other.rule = None
-        other.train_rows = self.train_rows if train_rows is None else train_rows
-        other.settings = train or self.settings
-        return other
 
     def close(self) -> None:
         """Nothing to put back: PEFT keeps the model."""
