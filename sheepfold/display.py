@@ -17,6 +17,7 @@ from sheepfold.terminal import console, table
 if TYPE_CHECKING:
     from sheepfold.joining import Closing
 
+HEADINGS = ("clients", "train loss", "held-out loss", "worst tenth", "never sampled", "sent up", "seconds")
 MOST_CLIENTS = 20
 """Clients that the closing table lists one by one; beyond, it shows the summary alone."""
 
@@ -38,13 +39,19 @@ class Terminal:
         self._live = Live(console=self.console, refresh_per_second=4, transient=False)
 
     def __enter__(self) -> "Terminal":
-        self._live.start()
+        if self.console.is_terminal:
+            self._live.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-        self._live.update(self._table() if self._lines else Text(""))
-        self._live.stop()
+        self._settle()
+
+    def _settle(self) -> None:
+        """Leave the table of rounds as it stands, and go on below it."""
+        if self._live.is_started:
+            self._progress.stop()
+            self._live.update(self._table() if self._lines else Text(""))
+            self._live.stop()
 
     def __call__(self, event: str, facts: Mapping[str, Any]) -> None:
         handler = getattr(self, f"_on_{event}", None)
@@ -70,6 +77,9 @@ class Terminal:
 
     def _on_round(self, line: Mapping[str, Any]) -> None:
         self._lines.append(line)
+        if not self.console.is_terminal:  # a log: one line a round, as it happens
+            cells = zip(HEADINGS, _row(line)[1:], strict=True)
+            self.console.print(f"round {line['round']}: " + ", ".join(f"{n} {c}" for n, c in cells if c))
         self._progress.reset(self._task, description=f"round {line['round'] + 1}")
         self._show()
 
@@ -77,20 +87,21 @@ class Terminal:
         self._progress.advance(self._task, facts["steps"])
 
     def _on_closing(self, facts: Mapping[str, Any]) -> None:
+        self._settle()
         closing = facts["closing"]
         for measure in [*closing.metrics, "loss"]:
             self.console.print(closing_table(closing, measure))
             self.console.print(verdict(closing, measure))
 
     def _on_end(self, facts: Mapping[str, Any]) -> None:
+        self._settle()
         self.console.print(f"adapter, journal and states are in [bold]{facts['folder']}[/]")
 
     def _show(self) -> None:
         self._live.update(Group(self._table(), self._progress) if self._lines else self._progress)
 
     def _table(self) -> Table:
-        headings = ("clients", "train loss", "held-out loss", "worst tenth", "never sampled", "sent up", "seconds")
-        view = table("rounds", "round", *headings)
+        view = table("rounds", "round", *HEADINGS)
         for line in self._lines[-30:]:
             view.add_row(*_row(line))
         return view

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from sheepfold import simulation
 from sheepfold.config import load
@@ -44,6 +45,15 @@ CLIENTS = {
     "fs-llm-rosetta": 9,
     "shepherd-dolly": 10,
 }
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Models are tiny here: two threads only wait for each other where cores are shared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -97,7 +107,11 @@ def test_rosetta_runs_small_on_rows_in_its_layout(tmp_path):
     languages = ["C", "C++", "Go", "Haskell", "Java", "JavaScript", "Kotlin", "Python", "Rust"]
     path = write_json(
         tmp_path / "rosetta_alpaca.json",
-        [{"instruction": f"Print {n}.", "input": l, "output": f"print({n}) // {l}"} for n in range(6) for l in languages],
+        [
+            {"instruction": f"Print {n}.", "input": name, "output": f"print({n}) // {name}"}
+            for n in range(6)
+            for name in languages
+        ],
     )
     outcome = run_small("fs-llm-rosetta", tmp_path, **{"data.path": path})
     assert outcome.state.best is not None

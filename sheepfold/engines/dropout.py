@@ -33,9 +33,13 @@ def dropout(x: Tensor, p: float, rows: RowKeys, site: int) -> Tensor:
     token = torch.arange(x.shape[1], device=x.device)
     number = torch.arange(x.shape[2], device=x.device)
     row = _mix(rows.keys ^ _mix(torch.tensor(site + 1, device=x.device)))
-    hashed = _mix((row[:, None] + token * _M1)[:, :, None] ^ (number * _M2))
-    uniform = (hashed & 0xFFFFFF).to(torch.float32) / 0x1000000
-    return (x * (uniform >= p) / (1 - p)).to(x.dtype).view(shape)
+    place = _mix(row[:, None] + token * _M1)
+    # (rows, tokens, d) numbers are hashed, so in place and with one round: row and token are mixed already
+    hashed = place[:, :, None] ^ (number * _M2)
+    hashed ^= hashed >> 32
+    hashed *= _M1
+    kept = (hashed >> 40) >= int(p * 2**24) - 2**23  # the top 24 bits, signed
+    return (x * (kept.to(x.dtype) / (1 - p))).view(shape)
 
 
 def _mix(h: Tensor) -> Tensor:
