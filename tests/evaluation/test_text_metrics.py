@@ -82,11 +82,11 @@ def test_scores_of_parts_merge_to_the_score_of_the_whole():
 
 
 def test_own_metrics_are_found_and_unknown_names_list_the_known(tmp_path, monkeypatch):
-    (tmp_path / "my_metric.py").write_text("def longer(record, answer):\n    return len(answer) > len(record.output)\n")
+    (tmp_path / "longer_metric.py").write_text("def longer(record, answer):\n    return len(answer) > len(record.output)\n")
     monkeypatch.syspath_prepend(tmp_path)
-    assert resolve("my_metric:longer")(record("ab"), "abc")
+    assert resolve("longer_metric:longer")(record("ab"), "abc")
     assert resolve("exact_match") is exact_match
     with pytest.raises(ConfigError, match=r"evaluation.metrics: no 'exactmatch'; did you mean 'exact_match'\?"):
         resolve("exactmatch")
     with pytest.raises(ConfigError, match="has no 'shorter'"):
-        resolve("my_metric:shorter")
+        resolve("longer_metric:shorter")
