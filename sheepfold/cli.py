@@ -166,8 +166,8 @@ def apply_delta(
 
 def main() -> None:
     """Run the command line; our own errors become one line and exit code 2."""
-    # On shared cores, threads that spin while they wait for each other cost five times the work itself.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Threads that spin long for each other crawl where cores are shared, and ones that sleep at once crawl everywhere.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
         sys.exit(app(standalone_mode=False))
     except SheepfoldError as error:
