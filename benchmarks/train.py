@@ -240,7 +240,7 @@ def write(args: argparse.Namespace, results: dict[str, dict[str, float]], useful
     today, base = datetime.date.today().isoformat(), Path(args.base.replace(":", "-")).name
     first = next(iter(results))
     head = (
-        f"{today}, {args.base} on {args.source}: {args.clients} clients of {args.rows} rows, {useful:,} useful tokens"
+        f"{today}, {base} on {args.source}: {args.clients} clients of {args.rows} rows, {useful:,} useful tokens"
     )
     lines = [f"# Local training of one round, {head}", "", f"{machine}; median of {args.repeat}.", ""]
     lines += [f"| way | useful tokens/s | times {first} | updates differ by |", "|---|---:|---:|---:|"]
@@ -253,7 +253,7 @@ def write(args: argparse.Namespace, results: dict[str, dict[str, float]], useful
     folder.mkdir(exist_ok=True)
     stem = f"{today}-{base}-{args.source}-{args.clients}x{args.rows}"
     (folder / f"{stem}.md").write_text(text)
-    facts = {"machine": machine, "arguments": vars(args), "useful_tokens": useful, "results": results}
+    facts = {"machine": machine, "arguments": vars(args) | {"base": base, "path": None}, "useful_tokens": useful, "results": results}
     (folder / f"{stem}.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 

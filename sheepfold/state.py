@@ -116,12 +116,22 @@ def write_atomic(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        _flush_folder(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True) if path.parent.is_dir() and os.access(path.parent, os.W_OK) else None
         raise CheckpointError(
             f"{path}: cannot be written ({error.strerror or error}); free some space or set another output folder, "
             "then go on with --resume"
         ) from None
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make a rename last through a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _hash(tensors: Mapping[str, Tensor]) -> str:

@@ -172,9 +172,14 @@ class _Pass:
 
     def run(self) -> Iterator[tuple[str, Update | Absence]]:
         """Train to the end and yield each client's answer."""
-        for step in range(self.clients[0].steps):
-            self._leave(sum(c.steps > step for c in self.clients))
-            self._step(step)
+        model = self.engine.cohort.model
+        model.train(self.engine.settings.gradient_checkpointing)  # transformers checkpoints in training mode alone
+        try:
+            for step in range(self.clients[0].steps):
+                self._leave(sum(c.steps > step for c in self.clients))
+                self._step(step)
+        finally:
+            model.eval()
         self._leave(0)
         share = {stage: s / len(self.done) for stage, s in self.clock.seconds.items()}
         for client, adapter in self.done:
@@ -217,8 +222,10 @@ class _Pass:
         """Fill the flat gradient; return the step's sums and each client's gradient norm, (k,).
 
         In float16 the loss is scaled; where a finite loss gave a gradient that is not, the scale was too large, and the
-        step is computed again with half of it.
+        step is computed again with half of it. A client whose gradient overflows even unscaled has only itself to
+        blame: it is left out, and the others go on with the scale they had.
         """
+        first, hopeless = self.loss_scale, False
         while True:
             sums = self._forward_backward(step)
             grad = self._grad()
@@ -226,9 +233,12 @@ class _Pass:
                 grad.div_(self.loss_scale)
             norms = grad.square().sum(1).sqrt()
             overflow = torch.isfinite(sums.loss) & ~torch.isfinite(norms)
-            if self.loss_scale <= 1.0 or not bool(overflow.any()):
+            if self.loss_scale == 1.0 < first and bool(overflow.any()):
+                self.loss_scale, hopeless = first, True
+            elif first == 1.0 or hopeless or not bool(overflow.any()):
                 return sums, norms
-            self.loss_scale /= 2
+            else:
+                self.loss_scale /= 2
             grad.zero_()
 
     def _forward_backward(self, step: int) -> _Sums:
@@ -251,12 +261,12 @@ class _Pass:
             self.clock.lap("data")
             with engine.cohort.using(self._selection(batch, seeds)):
                 losses = engine.head.losses(engine.head.hidden(batch.ids), batch.position, batch.target)
-            weighted = losses * per_token[batch.target_group].to(losses.dtype)
-            loss.index_add_(0, batch.target_group, weighted.detach().double())
-            self.clock.lap("forward")
-            if len(losses):  # a sum over clients keeps each gradient its own
-                torch.autograd.backward(weighted.sum() * self.loss_scale)
-            self.clock.lap("backward")
+                weighted = losses * per_token[batch.target_group].to(losses.dtype)
+                loss.index_add_(0, batch.target_group, weighted.detach().double())
+                self.clock.lap("forward")
+                if len(losses):  # a sum over clients keeps each gradient its own
+                    torch.autograd.backward(weighted.sum() * self.loss_scale)
+                self.clock.lap("backward")
         self._penalise()
         loss[torch.from_numpy(targets == 0)] = torch.nan  # a mean over nothing
         return _Sums(loss, targets, rows)

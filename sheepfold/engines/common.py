@@ -45,6 +45,8 @@ class Local:
         client = self.assignment.client
         if not self.good_steps:
             return Absence(client, f"no good step in {self.steps}: {self.why_skipped}", self.steps)
+        if not adapter.is_finite():
+            return Absence(client, "its adapter is no longer finite (overflow: lower the learning rate)", self.steps)
         measured = Measurements(
             loss=self.loss,
             rows=len(self.rows),

@@ -126,7 +126,7 @@ class Selection:
 
 
 class _EachRow(torch.autograd.Function):
-    """factors[index]: (K, ...) -> (rows, ...). Its backward adds up the rows of each client, in order.
+    """factors[index]: (K, ...) -> (rows, ...). Its backward adds up the rows of each client, on a CPU in order.
 
     index_select's own backward spends eight times as long in a general scatter; a matmul with a one-hot matrix would
     let one client's overflow (0 * inf) reach the others.
@@ -171,16 +171,16 @@ class Site(nn.Module):
     def _term(self, x: Tensor, selection: Selection) -> Tensor:
         stack, position = selection.stack, self.order
         A, B, scale = stack.A[self.name], stack.B[self.name], stack.scales[:, position]
-        A, B = A.to(x.dtype), B.to(x.dtype)
+        # scaled before it is narrowed: alpha / r itself may have no exact half-precision number
+        A, B = (A * scale.to(A.dtype)[:, None, None]).to(x.dtype), B.to(x.dtype)
         if selection.keys is not None:
             x = dropout(x, selection.dropout, selection.keys, position)
         if len(stack) == 1:
-            return F.linear(F.linear(x, A[0]) * scale[0].to(x.dtype), B[0])
+            return F.linear(F.linear(x, A[0]), B[0])
         index = selection.index
         if len(index) != len(x):
             x = x.view(len(index), -1, x.shape[-1])  # families that flatten rows and tokens
         low = torch.bmm(x, _each_row(A, index).transpose(1, 2))
-        low = low * scale.index_select(0, index).to(x.dtype)[:, None, None]
         return torch.bmm(low, _each_row(B, index).transpose(1, 2))
 
 

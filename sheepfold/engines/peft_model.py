@@ -167,7 +167,7 @@ class PeftModelEngine:
         """Return the loss of adapters[a] on the given rows for each (a, row numbers) of the work, by tokens."""
         means = [Mean()] * len(work)
         for a, adapter in enumerate(adapters):
-            self.carrier.write(adapter)
+            self._show(adapter)
             for i, (owner, numbers) in enumerate(work):
                 for first in range(0, len(numbers) if owner == a else 0, rows):
                     losses = self._losses(numbers[first : first + rows])
@@ -182,12 +182,17 @@ class PeftModelEngine:
 
         answers = []
         for a, numbers in work:
-            self.carrier.write(adapters[a])
+            self._show(adapters[a])
             prompts = [self.tokens.prompt(int(n)) for n in numbers]
             answers.append(
                 generate(self.carrier.model, prompts, settings, seed=self.seed, pad_token_id=pad_id, eos_token_ids=eos)
             )
         return answers
+
+    def _show(self, adapter: Adapter) -> None:
+        """Make the model carry an adapter for evaluation: without dropout, which PEFT's fresh layers have on."""
+        self.carrier.write(adapter)
+        self.carrier.model.eval()
 
     def close(self) -> None:
         """Nothing to put back: PEFT keeps the model."""

@@ -17,6 +17,12 @@ ELEMENTWISE = frozenset({"Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAda
 One of them, over all clients' stacked tensors, is the same as one for each client. Others couple numbers (LBFGS, Muon,
 Adafactor) or use the rate otherwise (ASGD, Rprop)."""
 
+NEEDS_MORE = {
+    "LBFGS": "it evaluates the loss several times a step, which a clipped mini-batch step has no place for",
+    "SparseAdam": "it takes sparse gradients, and an adapter's are dense",
+}
+"""Optimizers that neither engine can run, and why."""
+
 Build = Callable[[Iterable[Tensor], float], torch.optim.Optimizer]
 
 
@@ -44,8 +50,11 @@ def build(train: TrainSettings, *, elementwise: bool) -> Build:
             f"train.optimizer {kind.__name__}: the cohort engine takes element-wise optimizers "
             f"({', '.join(sorted(ELEMENTWISE))}); use train.engine peft_model for this one"
         )
+    if kind.__name__ in NEEDS_MORE:
+        raise ConfigError(f"train.optimizer {kind.__name__}: {NEEDS_MORE[kind.__name__]}; choose another")
     accepted = inspect.signature(kind.__init__).parameters
-    args: dict[str, Any] = {"fused": True} if "fused" in accepted else {}
+    own = {"foreach", "differentiable", "fused"} & train.optimizer_args.keys()
+    args: dict[str, Any] = {"fused": True} if "fused" in accepted and not own else {}
     args |= {name: tuple(v) if isinstance(v, list) else v for name, v in train.optimizer_args.items()}
     if "weight_decay" in accepted:
         args["weight_decay"] = train.weight_decay
@@ -62,7 +71,7 @@ def build(train: TrainSettings, *, elementwise: bool) -> Build:
         except (TypeError, ValueError, RuntimeError) as error:
             raise ConfigError(f"train.optimizer_args: {kind.__name__} refuses them: {error}") from None
 
-    make([torch.zeros(1, requires_grad=True)], train.lr)  # bad values are found now, not in round 1
+    make([torch.zeros(2, 2, requires_grad=True)], train.lr)  # bad values are found now, not in round 1
     return make
 
 

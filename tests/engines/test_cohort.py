@@ -1,7 +1,5 @@
 """The cohort engine against plain PEFT, one client at a time, and against itself under other plans."""
 
-import warnings
-
 import numpy as np
 import pytest
 import torch
@@ -126,23 +124,21 @@ def _train_and_close(engine, work):
         engine.close()
 
 
-def test_gradient_checkpointing_changes_no_result():
+def test_gradient_checkpointing_runs_every_layer_twice_and_changes_no_result():
     base = small.model()
     work = small.assignments(adapters(base))
     train = RAGGED.model_copy(update={"epochs": 1})
+    calls = []
+    # before the layer's end: recomputation stops as soon as it has what the backward pass needs
+    base.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1) if torch.is_grad_enabled() else None)
     plain = _train_and_close(small.cohort_engine(base, train, dropout=0.1), work)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    recomputed = []
-    handle = base.model.layers[0].mlp.register_forward_hook(lambda *_: recomputed.append(1))
-    with_it = _train_and_close(
-        small.cohort_engine(base, train.model_copy(update={"gradient_checkpointing": True}), dropout=0.1), work
-    )
-    handle.remove()
-    base.gradient_checkpointing_disable()
+    once = len(calls)
+    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    saving = train.model_copy(update={"gradient_checkpointing": True})
+    with_it = _train_and_close(small.cohort_engine(base, saving, dropout=0.1), work)
+    assert len(calls) == 3 * once > 0
+    assert not base.training
     assert max(small.gap(plain[c].adapter, with_it[c].adapter) for c in plain) < 1e-12
-    assert recomputed
 
 
 @pytest.mark.parametrize("mu", [0.0, 5.0])

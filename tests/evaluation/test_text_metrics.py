@@ -82,7 +82,9 @@ def test_scores_of_parts_merge_to_the_score_of_the_whole():
 
 
 def test_own_metrics_are_found_and_unknown_names_list_the_known(tmp_path, monkeypatch):
-    (tmp_path / "longer_metric.py").write_text("def longer(record, answer):\n    return len(answer) > len(record.output)\n")
+    (tmp_path / "longer_metric.py").write_text(
+        "def longer(record, answer):\n    return len(answer) > len(record.output)\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     assert resolve("longer_metric:longer")(record("ab"), "abc")
     assert resolve("exact_match") is exact_match

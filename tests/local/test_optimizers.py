@@ -15,7 +15,8 @@ from sheepfold.local import optimizers
         ({"optimizer_args": {"momentun": 0.9}}, "AdamW has no such argument"),
         ({"optimizer_args": {"betas": [0.9, 2.0]}}, "AdamW refuses them"),
         ({"optimizer_args": {"eps": 0.0}}, "must be positive"),
-        ({"optimizer": "lbfgs"}, "peft_model"),
+        ({"optimizer": "adafactor"}, "peft_model"),
+        ({"optimizer": "lbfgs"}, "the cohort engine takes element-wise"),
     ],
 )
 def test_what_an_optimizer_cannot_take_is_one_line(settings, message):
@@ -52,3 +53,24 @@ def test_a_client_left_out_keeps_its_numbers_and_its_moments(name):
     for key, old in moments.items():
         assert torch.equal(optimizer.state[param][key][1], old[1])
         assert torch.isfinite(optimizer.state[param][key]).all()
+
+
+def test_every_optimizer_of_torch_either_trains_in_the_reference_engine_or_is_refused_with_the_reason():
+    import inspect
+
+    from tests import small
+
+    names = [n for n, c in vars(torch.optim).items() if inspect.isclass(c) and n not in ("Optimizer",)]
+    refused = []
+    for name in sorted(names):
+        train = TrainSettings(steps=2, batch_rows=4, lr=1e-3, optimizer=name)
+        if name in optimizers.NEEDS_MORE:
+            refused.append(name)
+            with pytest.raises(ConfigError, match=name):
+                small.peft_engine(small.model(), train)
+            continue
+        engine = small.peft_engine(small.model(), train)
+        start = small.adapter(small.model(), 4, 0)
+        [update] = engine.train(small.assignments({"ann": start}))
+        assert small.gap(update.adapter, start) > 1e-6, name
+    assert refused == ["LBFGS", "SparseAdam"]
