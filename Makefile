@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-recipes test-browser lint format bench clean
+.PHONY: help demo test test-slow test-browser lint format bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
 
-# torch comes first and by its exact version: the plain package, or a range, would pull gigabytes of CUDA libraries.
+# torch comes first and by its exact version: where the index has a CPU build of it, a range would miss that one and pull
+# gigabytes of CUDA libraries.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
@@ -23,7 +24,7 @@ demo: $(VENV)/.ready ## ten clients teach one adapter eight tasks, in about a mi
 test: $(VENV)/.ready ## the plain suite
 	@$(BIN)/python -m pytest -m "not slow and not browser" tests
 
-test-recipes: $(VENV)/.ready ## every recipe, shrunk; kill -9; the demo's figures
+test-slow: $(VENV)/.ready ## kill -9 at twenty random moments; Dolly
 	@$(BIN)/python -m pytest -m "slow" tests
 
 test-browser: $(VENV)/.ready ## pages in headless Chromium

@@ -239,9 +239,7 @@ def write(args: argparse.Namespace, results: dict[str, dict[str, float]], useful
         machine += f", {torch.cuda.get_device_name()}"
     today, base = datetime.date.today().isoformat(), Path(args.base.replace(":", "-")).name
     first = next(iter(results))
-    head = (
-        f"{today}, {base} on {args.source}: {args.clients} clients of {args.rows} rows, {useful:,} useful tokens"
-    )
+    head = f"{today}, {base} on {args.source}: {args.clients} clients of {args.rows} rows, {useful:,} useful tokens"
     lines = [f"# Local training of one round, {head}", "", f"{machine}; median of {args.repeat}.", ""]
     lines += [f"| way | useful tokens/s | times {first} | updates differ by |", "|---|---:|---:|---:|"]
     for name, r in results.items():
@@ -253,7 +251,12 @@ def write(args: argparse.Namespace, results: dict[str, dict[str, float]], useful
     folder.mkdir(exist_ok=True)
     stem = f"{today}-{base}-{args.source}-{args.clients}x{args.rows}"
     (folder / f"{stem}.md").write_text(text)
-    facts = {"machine": machine, "arguments": vars(args) | {"base": base, "path": None}, "useful_tokens": useful, "results": results}
+    facts = {
+        "machine": machine,
+        "arguments": vars(args) | {"base": base, "path": None},
+        "useful_tokens": useful,
+        "results": results,
+    }
     (folder / f"{stem}.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 

@@ -18,7 +18,7 @@ from sheepfold.evaluation.held_out import KEYS
 from sheepfold.evaluation.text_metrics import Metric
 from sheepfold.evaluation.text_metrics import resolve as resolve_metric
 from sheepfold.local import optimizers, rules
-from sheepfold.models import Base, load_base, max_positions
+from sheepfold.models import Base, config_only, load_base, load_tokenizer
 from sheepfold.sampler import UniformSampler, sampler
 from sheepfold.state import BatchPlan, ServerState
 from sheepfold.strategies import strategy
@@ -81,13 +81,15 @@ def assemble(experiment: Experiment, plan: BatchPlan | None = None) -> Parts:
     Raises ConfigError, DataError, ModelError or AdapterMismatch, each with its one line.
     """
     made, metrics = check(experiment)
-    base = load_base(experiment.model, experiment.device)
-    check_length(experiment, max_positions(base.model.config))
-    data = load_data(experiment, base.tokenizer)
+    outline = config_only(experiment.model, experiment.device)
+    check_length(experiment, outline.max_positions)
+    data = load_data(experiment, load_tokenizer(experiment.model))
     chosen = sampler(experiment.federation, list(data.clients), experiment.seed)
+    start = read_start(experiment, outline.model)
+    base = load_base(experiment.model, experiment.device)  # the heavy part, when all else is known to be there
     train_rows = {name: rows.train for name, rows in data.clients.items()}
     sites = find_targets(base.model, experiment.adapter.targets) if experiment.adapter.method == "lora" else {}
-    initial = first_adapter(experiment, sites, base) if sites else None
+    initial = first_adapter(experiment, sites, start) if sites else None
     numbers = sum(t.numel() for t in initial.tensors().values()) if initial else 0
     plan = plan or planning.batch_plan(experiment.train, numbers, chosen.size, base.device)
     engine = make_engine(experiment, base, data, sites, train_rows, plan, made)
@@ -126,19 +128,26 @@ def load_data(experiment: Experiment, tokenizer: Any) -> FederatedData:
     return prepare(experiment.data, tokenizer, token_cache.folder(experiment.cache))
 
 
-def first_adapter(experiment: Experiment, sites: Mapping[str, Any], base: Base) -> Adapter:
-    """Return where the run starts: a PEFT folder's adapter, or A random and B zero."""
+def read_start(experiment: Experiment, model: Any) -> Adapter | None:
+    """Return the adapter that the run starts from, checked against the base's shapes; None: a fresh one."""
     from sheepfold.peft_io import check_fits, read_peft
 
+    if experiment.adapter.start is None:
+        return None
+    adapter = read_peft(experiment.adapter.start)
+    check_fits(adapter, model)
+    return adapter
+
+
+def first_adapter(experiment: Experiment, sites: Mapping[str, Any], start: Adapter | None) -> Adapter:
+    """Return the adapter before round 1: `start`, or A random and B zero. Raises ModelError for other modules."""
     settings = experiment.adapter
-    if settings.start is None:
+    if start is None:
         return new_adapter(sites, settings.rank, settings.alpha, experiment.seed)
-    adapter = read_peft(settings.start)
-    check_fits(adapter, base.model)
-    if adapter.pairs.keys() != sites.keys():
-        odd = sorted(adapter.pairs.keys() ^ sites.keys())[0]
+    if start.pairs.keys() != sites.keys():
+        odd = sorted(start.pairs.keys() ^ sites.keys())[0]
         raise ModelError(
             f"adapter.start {settings.start}: {odd} is adapted in one of the folder and adapter.targets only; set "
             "adapter.targets to the folder's target_modules"
         )
-    return adapter
+    return start

@@ -172,6 +172,11 @@ def main() -> None:
         sys.exit(app(standalone_mode=False))
     except SheepfoldError as error:
         _fail(str(error))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader (head, less) has seen enough
+        sys.exit(141)
+    except OSError as error:  # a place that the file system refuses: no such user, a name too long, no permission
+        _fail(f"{error.filename or 'a file'}: {error.strerror or error}")
     except UsageError as error:
         if type(error).__name__ == "NoArgsIsHelpError":  # a group without a command shows its help
             error.show()
@@ -181,9 +186,6 @@ def main() -> None:
     except (typer.Abort, KeyboardInterrupt):
         sys.stderr.write("sheepfold: interrupted; go on with --resume\n")
         sys.exit(130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader (head, less) has seen enough
-        sys.exit(141)
 
 
 def _fail(message: str) -> NoReturn:

@@ -54,7 +54,7 @@ class AdapterSettings(Section):
     targets: Literal["auto", "all-linear"] | tuple[str, ...] = "auto"
     """auto: PEFT's table for the model family; all-linear: every linear layer but the head; or module names."""
     start: str | None = None
-    """A PEFT folder to start from, instead of A random and B zero."""
+    """A PEFT folder to start from, instead of A random and B zero; rank and alpha are then the folder's."""
     options: Mapping[str, Any] = Field(default_factory=dict)
     """Further arguments of the PEFT config class, for methods other than lora."""
 
@@ -175,6 +175,8 @@ class TrainSettings(Section):
                 f"micro_rows {self.micro_rows} is more than batch_rows {self.batch_rows}; "
                 "a micro-batch is a part of a step"
             )
+        if self.halve_after != 15 and self.round_schedule != "halve":
+            raise ValueError(f"halve_after {self.halve_after} has no effect without round_schedule halve")
         if self.local_rule_args and self.local_rule is None:
             raise ValueError("local_rule_args has no effect without local_rule; set local_rule, such as proximal")
         if self.steps is not None and self.warmup_steps >= self.steps:
@@ -289,6 +291,10 @@ class Experiment(Section):
             )
         if self.adapter.options and self.adapter.method in ("lora", "full"):
             raise ValueError(f"adapter.options has no effect with adapter.method {self.adapter.method!r}; remove it")
+        if self.adapter.start and self.adapter.method != "lora":
+            raise ValueError(f"adapter.start has no effect with adapter.method {self.adapter.method!r}; remove it")
+        if self.train.clients_per_pass and self.train.engine == "peft_model":
+            raise ValueError("train.clients_per_pass has no effect in train.engine peft_model; remove it")
         if self.stop.key and self.evaluation.every == 0:
             raise ValueError("stop.key needs evaluations during the run; set evaluation.every to 1 or more")
         if any(c in self.name for c in "/\\\0") or self.name in ("", ".", ".."):
@@ -331,9 +337,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """Return a YAML file's mapping; raise ConfigError where there is none."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        if not isinstance(error, UnicodeDecodeError):  # such as a date that no calendar has
+            raise ConfigError(f"{path}: not valid YAML ({error or 'nested too deeply'})") from None
+        raise ConfigError(f"{path}: cannot be read ({error}); expected a YAML text file") from None
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such experiment file; `sheepfold run` without a file runs the demo") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error}); expected a YAML text file") from None
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
@@ -360,7 +370,7 @@ def _with_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
             node = child
         try:
             node[last] = yaml.safe_load(value)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError, RecursionError):
             raise ConfigError(f"override {text!r}: the value is not valid YAML; quote it") from None
     return values
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
 from rich.live import Live
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
@@ -28,7 +29,7 @@ class Terminal:
     def __init__(self, screen: Console | None = None) -> None:
         self.console = screen or console()
         self._facts: Mapping[str, Any] = {}
-        self._lines: list[Mapping[str, Any]] = []
+        self.lines: list[Mapping[str, Any]] = []
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -50,7 +51,7 @@ class Terminal:
         """Leave the table of rounds as it stands, and go on below it."""
         if self._live.is_started:
             self._progress.stop()
-            self._live.update(self._table() if self._lines else Text(""))
+            self._live.update(self.rounds() if self.lines else Text(""))
             self._live.stop()
 
     def __call__(self, event: str, facts: Mapping[str, Any]) -> None:
@@ -66,17 +67,17 @@ class Terminal:
         self._facts = facts
         f = facts
         self.console.print(
-            f"[bold]{f['strategy']}[/] on {f['base']} ({f['device']}, {f['dtype']}): {f['clients']:,} clients, "
+            f"[bold]{f['strategy']}[/] on {escape(f['base'])} ({f['device']}, {f['dtype']}): {f['clients']:,} clients, "
             f"{f['cohort']:,} a round, {f['rounds']} rounds; {f['train_rows']:,} training rows, "
             f"{f['adapter_numbers']:,} numbers in the adapter, {f['plan'].clients_per_pass} clients together"
         )
         for note in facts["notes"]:
-            self.console.print(f"[yellow]note[/] {note}")
+            self.console.print(f"[yellow]note[/] {escape(note)}")
         self._progress.reset(self._task, description="evaluating the base")
         self._show()
 
     def _on_round(self, line: Mapping[str, Any]) -> None:
-        self._lines.append(line)
+        self.lines.append(line)
         if not self.console.is_terminal:  # a log: one line a round, as it happens
             cells = zip(HEADINGS, _row(line)[1:], strict=True)
             self.console.print(f"round {line['round']}: " + ", ".join(f"{n} {c}" for n, c in cells if c))
@@ -95,14 +96,15 @@ class Terminal:
 
     def _on_end(self, facts: Mapping[str, Any]) -> None:
         self._settle()
-        self.console.print(f"adapter, journal and states are in [bold]{facts['folder']}[/]")
+        self.console.print(f"adapter, journal and states are in [bold]{escape(facts['folder'])}[/]")
 
     def _show(self) -> None:
-        self._live.update(Group(self._table(), self._progress) if self._lines else self._progress)
+        self._live.update(Group(self.rounds(), self._progress) if self.lines else self._progress)
 
-    def _table(self) -> Table:
+    def rounds(self) -> Table:
+        """Return the table of the rounds so far; the last thirty of many."""
         view = table("rounds", "round", *HEADINGS)
-        for line in self._lines[-30:]:
+        for line in self.lines[-30:]:
             view.add_row(*_row(line))
         return view
 
@@ -144,7 +146,7 @@ def closing_table(closing: "Closing", measure: str) -> Table:
     view = table(title, "rows of", *who, "alone, on everybody's")
     for client in closing.clients[:MOST_CLIENTS]:
         own = [_figure(scores.get(client, {}).get(w), measure) for w in who]
-        view.add_row(client, *own, _figure(shared.get(f"local:{client}"), measure))
+        view.add_row(escape(client), *own, _figure(shared.get(f"local:{client}"), measure))
     if len(closing.clients) > MOST_CLIENTS:
         view.add_row(f"… {len(closing.clients) - MOST_CLIENTS} more in closing.json")
     view.add_section()

@@ -37,6 +37,8 @@ class Card:
     method: str
     """The strategy that folded the adapter."""
     rounds: int
+    dropout: float = 0.0
+    """The adapter's dropout in training; PEFT keeps it for whoever trains on."""
 
     def text(self, kind: str, how: str) -> str:
         """Return the README.md of an export; kind: 'adapter' or 'merged model', how: the Python that loads it."""
@@ -111,11 +113,17 @@ def export_peft(
     """Write a PEFT folder with a model card. `model` is the base, for its shapes and names; meta will do."""
     conv1d = any(is_conv1d(module) for module in model.modules())
     peft_io.write_peft(
-        adapter, folder, card.base, short_targets(adapter, model), fan_in_fan_out=conv1d, revision=revision
+        adapter,
+        folder,
+        card.base,
+        short_targets(adapter, model),
+        fan_in_fan_out=conv1d,
+        revision=revision,
+        dropout=card.dropout,
     )
     how = (
         "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
-        f'base = AutoModelForCausalLM.from_pretrained("{card.base}")\n'
+        f"base = AutoModelForCausalLM.from_pretrained({loaded_as(card.base)})\n"
         'model = PeftModel.from_pretrained(base, "this folder")'
     )
     with writing(Path(folder)):
@@ -177,9 +185,16 @@ def short_targets(adapter: Adapter, model: nn.Module) -> list[str]:
     return sorted(last if found == set(adapter.pairs) else adapter.pairs)
 
 
+def loaded_as(base: str) -> str:
+    """Return the Python expression that names a base to transformers."""
+    return '__import__("sheepfold.models").models.BUILTIN' if base == "builtin:tiny" else repr(base)
+
+
 def card_of(experiment: "Experiment", rounds: int) -> Card:
     """Return what an experiment's exports say of it."""
-    return Card(experiment.model.base, experiment.name, experiment.federation.strategy, rounds)
+    return Card(
+        experiment.model.base, experiment.name, experiment.federation.strategy, rounds, experiment.adapter.dropout
+    )
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from sheepfold import planning
-from sheepfold.assembly import check, check_length, load_data
+from sheepfold.assembly import check, check_length, load_data, read_start
 from sheepfold.config import Experiment
 from sheepfold.local.steps import steps_in_round
 from sheepfold.models import config_only, load_tokenizer, pick_device
@@ -91,6 +91,9 @@ def _rows_seen(experiment: Experiment, sizes: np.ndarray, steps: np.ndarray) -> 
 
 def _adapter_size(experiment: Experiment, model: Any, parameters: int) -> tuple[int, int]:
     """Return how many numbers travel, and how many modules are adapted."""
+    start = read_start(experiment, model)
+    if start is not None:
+        return sum(t.numel() for t in start.tensors().values()), len(start.pairs)
     if experiment.adapter.method == "lora":
         shapes = [linear_shape(layer) for layer in find_targets(model, experiment.adapter.targets).values()]
         return sum(experiment.adapter.rank * (d_in + d_out) for d_in, d_out in shapes), len(shapes)
@@ -98,8 +101,8 @@ def _adapter_size(experiment: Experiment, model: Any, parameters: int) -> tuple[
         return parameters, len(list(model.parameters()))
     from sheepfold.engines.carriers import carrier
 
-    tensors = carrier(model, [], experiment.adapter, experiment.seed).read().tensors()
-    return sum(t.numel() for t in tensors.values()), len(tensors)
+    trained = [p for p in carrier(model, [], experiment.adapter, experiment.seed).model.parameters() if p.requires_grad]
+    return sum(p.numel() for p in trained), len(trained)
 
 
 def show(foreseen: Forecast) -> None:

@@ -13,6 +13,7 @@ from sheepfold.config import TrainSettings
 from sheepfold.engines.common import Work
 from sheepfold.messages import Assignment, Update
 from sheepfold.metrics import Mean
+from sheepfold.rng import stream
 from sheepfold.state import ServerState
 
 EVERYONE = "everyone"
@@ -90,8 +91,16 @@ def _plain(
 
 def evaluation_rows(parts: Parts) -> dict[str, np.ndarray]:
     """Return each client's held-out rows as the experiment asks for them; at most rows_per_client, always the same."""
-    settings = parts.experiment.evaluation
-    return {c: parts.data.label_rows(c, settings.split)[: settings.rows_per_client] for c in parts.data.clients}
+    settings, seed = parts.experiment.evaluation, parts.experiment.data.seed
+    most = settings.rows_per_client
+
+    def chosen(client: str) -> np.ndarray:
+        rows = parts.data.label_rows(client, settings.split)
+        if most is None or len(rows) <= most:
+            return rows
+        return np.sort(stream(seed, "evaluation", client).permutation(rows)[:most])
+
+    return {client: chosen(client) for client in parts.data.clients}
 
 
 def shared_rows(parts: Parts) -> np.ndarray:
@@ -126,9 +135,19 @@ def compare(
 
 def score(parts: Parts, adapters: Sequence[Adapter], work: Work, measure: str) -> list[Mean]:
     """Return the measure of adapters[a] on the given rows, for each (a, row numbers) of the work."""
-    settings = parts.experiment.evaluation
+    means = [Mean()] * len(work)
+    size = max(8, parts.engine.plan.clients_per_pass)
+    for first in range(0, len(adapters), size):  # as many adapters on the device as a pass has, or a few
+        mine = [i for i, (a, _) in enumerate(work) if first <= a < first + size]
+        part = [(work[i][0] - first, work[i][1]) for i in mine]
+        for i, mean in zip(mine, _score(parts, adapters[first : first + size], part, measure), strict=True):
+            means[i] = mean
+    return means
+
+
+def _score(parts: Parts, adapters: Sequence[Adapter], work: Work, measure: str) -> list[Mean]:
     if measure == "loss":
-        return parts.engine.held_out(adapters, work, settings.batch_rows)
+        return parts.engine.held_out(adapters, work, parts.experiment.evaluation.batch_rows)
     metric, records = parts.metrics[measure], parts.data.records
     answers = answer(parts, adapters, work)
     return [

@@ -21,7 +21,7 @@ from sheepfold import state as states
 from sheepfold.config import Experiment, build, dump, read_yaml
 from sheepfold.errors import CheckpointError, ConfigError
 
-MAY_CHANGE = frozenset({"name", "output", "cache", "device", "keep_rounds", "baselines"})
+MAY_CHANGE = frozenset({"name", "output", "cache", "keep_rounds", "baselines"})
 """Options that a resumed run may set anew: they change no number of the training."""
 
 
@@ -47,7 +47,7 @@ class RunFolder:
 
     def kept_rounds(self) -> list[int]:
         """Return the rounds whose states were kept."""
-        return sorted(int(path.stem[-4:]) for path in self.latest.parent.glob("round-*.safetensors"))
+        return sorted(int(path.stem.removeprefix("round-")) for path in self.latest.parent.glob("round-*.safetensors"))
 
     def create(self, experiment: Experiment) -> None:
         """Make the folder and write the experiment down. Raises CheckpointError where the disk refuses."""
@@ -63,6 +63,13 @@ class RunFolder:
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Write one JSON file into the folder."""
         states.write_atomic(self.path / name, (json.dumps(plain(value), indent=1) + "\n").encode())
+
+    def data(self) -> dict[str, Any]:
+        """Return what the run's data amounted to when it began; raises CheckpointError where that is not to be had."""
+        try:
+            return dict(json.loads((self.path / "data.json").read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{self.path / 'data.json'}: cannot be read ({error}); start a new run") from None
 
     def append(self, line: Mapping[str, Any]) -> None:
         """Add a line to the journal, on disk before this returns. Raises CheckpointError where the disk refuses."""

@@ -9,6 +9,7 @@
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Protocol
 
 from sheepfold.errors import TrainingError
@@ -64,9 +65,12 @@ class RoundReport:
             self.steps[answer.client] = answer.measurements.steps
             self.uplink_bytes += answer.adapter.nbytes()
             yield answer
-        if not self.clients:
-            reasons = "; ".join(f"{client}: {reason}" for client, reason in list(self.absences.items())[:3])
-            raise TrainingError(f"round {self.round}: no client took a good step ({reasons})")
+        if not self.clients and len(self.cohort) > 1:
+            raise TrainingError(f"round {self.round}: no client took a good step ({self.reasons()})")
+
+    def reasons(self, most: int = 3) -> str:
+        """Return why clients stayed away, the first few."""
+        return "; ".join(f"{client}: {reason}" for client, reason in list(self.absences.items())[:most])
 
 
 def rounds(
@@ -80,8 +84,8 @@ def rounds(
 ) -> Iterator[tuple[ServerState, RoundReport]]:
     """Yield the state and the report of each further round, until `until` rounds are completed.
 
-    lr gives the peak learning rate of a round, counted from 0. Raises TrainingError where no client of a round took a
-    single good step; the last state handed out is still good.
+    lr gives the peak learning rate of a round, counted from 0. Raises TrainingError where none of several clients of a
+    round took a single good step; the last state handed out is still good.
     """
     while state.round < until:
         began = time.perf_counter()
@@ -89,7 +93,10 @@ def rounds(
         report = RoundReport(state.round + 1, cohort, lr(state.round))
         assignments = [strategy.assign(state, client, report.lr) for client in cohort]
         report.downlink_bytes = sum(a.adapter.nbytes() for a in assignments)
-        state = strategy.fold(state, report.note(engine.train(assignments)))
+        updates = report.note(engine.train(assignments))
+        first = next(updates, None)
+        # a cohort of one whose client stayed away: nothing to fold, and no reason to stop
+        state = strategy.fold(state, chain([first], updates)) if first else state.advance(state.adapter)
         drawn = {client: state.drawn.get(client, 0) + steps for client, steps in report.steps.items()}
         state = replace(state, drawn={**state.drawn, **drawn})
         report.seconds = time.perf_counter() - began

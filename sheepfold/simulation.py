@@ -1,5 +1,6 @@
 """A whole run on one machine: the loop of rounds.py, and everything that goes around it."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -7,12 +8,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sheepfold import joining
 from sheepfold import state as states
 from sheepfold.adapter import Adapter
 from sheepfold.assembly import Parts, assemble, check
 from sheepfold.config import Experiment
-from sheepfold.errors import CheckpointError
+from sheepfold.errors import CheckpointError, ConfigError, TrainingError
 from sheepfold.evaluation.held_out import HeldOut, held_out
 from sheepfold.export import save_adapter
 from sheepfold.journal import RunFolder, check_same, last_folder, new_folder
@@ -39,6 +42,10 @@ class Outcome:
         return self.state.adapter
 
 
+EMPTY_ROUNDS = 3
+"""Rounds in a row without a single update after which a run gives up."""
+
+
 def silent(event: str, facts: Mapping[str, Any]) -> None:
     """Tell nobody."""
 
@@ -55,14 +62,20 @@ def run(
     resume = resume or resume_from is not None
     folder = last_folder(experiment) if resume else new_folder(experiment)
     state = _resumed(folder, experiment, resume_from) if resume else None
-    if state is None:
-        folder.create(experiment)
     listener("stage", {"text": f"loading {experiment.model.base}", "folder": str(folder.path)})
-    parts = assemble(experiment, state.plan if state else None)
     try:
-        return _run(parts, folder, state, listener)
-    finally:
-        parts.engine.close()
+        parts = assemble(experiment, state.plan if state else None)
+        try:
+            if state is None:
+                folder.create(experiment)
+            return _run(parts, folder, state, listener)
+        finally:
+            parts.engine.close()
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"out of memory ({str(error).splitlines()[0]}); set train.micro_rows or train.clients_per_pass lower, or "
+            "train.gradient_checkpointing, in a new run"
+        ) from None
 
 
 def _resumed(folder: RunFolder, experiment: Experiment, round: int | None) -> ServerState | None:
@@ -75,6 +88,8 @@ def _resumed(folder: RunFolder, experiment: Experiment, round: int | None) -> Se
     if round is not None and round not in kept:
         raise CheckpointError(f"--resume-from {round}: not kept in {folder.path}; kept rounds: {kept or 'none'}")
     state = states.load(folder.latest if round is None else folder.kept(round))
+    if round is not None:
+        states.save(state, folder.latest)  # before the journal forgets: a kill in between loses nothing
     folder.rewind(state.round)
     return state
 
@@ -87,6 +102,7 @@ def _run(parts: Parts, folder: RunFolder, state: ServerState | None, listener: L
         folder.write_json("data.json", _data_facts(parts))
         state = _first(parts, folder, listener)
     else:
+        _check_same_data(folder, _data_facts(parts))
         for line in folder.lines():
             listener("round", line)
     parts.engine.on_step = lambda steps: listener("progress", {"steps": steps})
@@ -105,6 +121,7 @@ def _first(parts: Parts, folder: RunFolder, listener: Listener) -> ServerState:
     began = time.perf_counter()
     state = parts.start()
     scores = evaluate(parts, state)
+    _check_stop_key(parts.experiment, scores)
     line: dict[str, Any] = {"round": 0, "held_out": scores.as_dict(), "adapter": state.adapter.hash()}
     line["seconds"] = {"evaluation": time.perf_counter() - began}
     folder.append(line)
@@ -125,6 +142,7 @@ def _rounds(
     before: Mapping[str, float] = next(
         (line["held_out"]["loss"] for line in reversed(folder.lines()) if "held_out" in line), {}
     )
+    empty = 0
     best = state.best  # rounds() goes on from its own state, which has no part in evaluation
     for state, report in rounds(  # noqa: B020
         state, total, sampler=parts.sampler, strategy=parts.strategy, engine=parts.engine, lr=lr
@@ -143,13 +161,17 @@ def _rounds(
         folder.append(line)
         _save(folder, state, experiment)
         listener("round", line)
+        empty = 0 if report.clients else empty + 1
+        if empty == EMPTY_ROUNDS:
+            raise TrainingError(f"{empty} rounds in a row without an update; the last one's reason: {report.reasons()}")
         yield state
 
 
 def _rose(before: Mapping[str, float], now: Mapping[str, float]) -> bool:
     """Return whether held-out loss is no lower than at the last evaluation, nan included."""
     key = "weighted" if "weighted" in now else "global"
-    return key in before and key in now and not now[key] < before[key]
+    was = before.get(key)  # None where the journal had to write nan as null
+    return was is not None and key in now and not now[key] < was
 
 
 def evaluate(parts: Parts, state: ServerState) -> HeldOut:
@@ -161,6 +183,24 @@ def evaluate(parts: Parts, state: ServerState) -> HeldOut:
     means = parts.engine.held_out([state.adapter], work, parts.experiment.evaluation.batch_rows)
     unseen = frozenset(own) - state.drawn.keys()
     return held_out(list(own), means, unseen, has_global=has_global)
+
+
+def _check_stop_key(experiment: Experiment, scores: HeldOut) -> None:
+    """Raise ConfigError where early stopping would wait for a figure that this data never gives."""
+    name = (experiment.stop.key or "loss.sampled").removeprefix("loss.")
+    if name not in (*scores.summary(), "sampled", "never_sampled"):
+        raise ConfigError(
+            f"stop.key loss.{name}: this data has no rows for it; set data.eval_share (own rows) or "
+            "data.partition.holdout_per_category (loss.global), or another key"
+        )
+
+
+def _check_same_data(folder: RunFolder, now: Mapping[str, Any]) -> None:
+    """Raise CheckpointError where a run would be resumed on other rows or another base than it began with."""
+    before = folder.data()
+    for key, what in (("fingerprint", "the data, its partition or its tokens are"), ("base", "the base's weights are")):
+        if before.get(key) != now[key]:
+            raise CheckpointError(f"{folder.path}: {what} not what the run began with; restore it, or start a new run")
 
 
 def _line(report: RoundReport, state: ServerState) -> dict[str, Any]:
@@ -205,7 +245,8 @@ def _with_best(experiment: Experiment, state: ServerState, scores: HeldOut) -> S
     if name not in summary:
         return state  # such as never_sampled, once everybody took part: no evaluation, no patience used
     best = state.best
-    if best is None or summary[name] < best.value - experiment.stop.delta:
+    improved = best is None or math.isnan(best.value) or summary[name] < best.value - experiment.stop.delta
+    if best is None or improved:
         return replace(state, best=Best(key, summary[name], state.round))
     return replace(state, best=replace(best, waited=best.waited + 1))
 

@@ -105,6 +105,13 @@ CASES: dict[str, tuple[Callable[[Path], Words], str]] = {
     "target that matches nothing": (lambda t: ["adapter.targets=[q_prj]"], "q_proj"),
     "rank above the matrix": (lambda t: ["adapter.rank=4000"], "4000"),
     "adapter folder that is none": (lambda t: [f"adapter.start={t}"], "no adapter_model.safetensors"),
+    "misspelt source beside a path": (lambda t: ["data.source=dolyl", f"data.path={t}/x.json"], "dolly"),
+    "no such file for a named source": (lambda t: ["data.source=dolly", f"data.path={t}/x.json"], "x.json"),
+    "stop key without rows": (lambda t: ["stop.key=loss.global"], "holdout_per_category"),
+    "option without effect": (lambda t: ["train.halve_after=3"], "no effect without round_schedule"),
+    "own part that cannot be called": (lambda t: ["federation.strategy=math:pi"], "something to call"),
+    "an empty module name": (lambda t: ["federation.strategy=:x"], "fedavg"),
+    "a name too long": (lambda t: [f"model.base=/{'x' * 300}"], "xxx"),
     "rows longer than the model": (lambda t: ["data.max_tokens=4096"], "1024 positions"),
     "adapting the head in a cohort": (lambda t: ["adapter.targets=[lm_head]"], "output head"),
     "no such device": (lambda t: ["device=cuda:7"], "cuda"),
@@ -228,3 +235,29 @@ def test_exporting_what_is_no_run_is_one_line(capsys, tmp_path):
     code, _, err = typed(capsys, "export", tmp_path, tmp_path / "out")
     assert (code, err.count("\n")) == (2, 1)
     assert os.listdir(tmp_path) == []
+
+
+def test_what_is_missing_is_found_before_the_base_is_loaded_and_leaves_no_folder(capsys, tmp_path, monkeypatch):
+    from sheepfold import assembly
+
+    def never(*_: object) -> None:
+        raise AssertionError("the base was loaded first")
+
+    monkeypatch.setattr(assembly, "load_base", never)
+    file = tmp_path / "experiment.yaml"
+    file.write_text(dump(experiment(tmp_path)))
+    for words in (own(tmp_path / "nothing.jsonl"), ["data.template=alpacca"], [f"adapter.start={tmp_path}/none"]):
+        code, _, err = typed(capsys, "run", file, *words)
+        assert (code, err.count("\n")) == (2, 1)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_resuming_on_other_rows_is_refused(capsys, tmp_path):
+    data = rows(tmp_path / "rows.jsonl", *good())
+    file = tmp_path / "experiment.yaml"
+    file.write_text(dump(experiment(tmp_path)))
+    assert typed(capsys, "run", file, "--quiet", *own(data))[0] == 0
+    rows(data, *good()[1:], {"instruction": "new", "output": "row", "category": "a"})
+    code, _, err = typed(capsys, "run", file, "--resume", *own(data))
+    assert (code, err.count("\n")) == (2, 1)
+    assert "not what the run began with" in err

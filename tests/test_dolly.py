@@ -42,11 +42,12 @@ def test_shepherds_partition_of_dolly_has_its_sizes(lab, tmp_path):
 @pytest.mark.slow
 def test_dolly_trains_and_its_exports_are_the_evaluated_model(lab, tmp_path):
     over = ["train.epochs=null", "train.steps=20", "train.batch_rows=4", "train.micro_rows=4", "federation.rounds=5"]
+    over += ["train.lr=3e-3"]  # the seed's 3e-4 is a 7B model's: it moves this base by 0.1 nats
     made = experiment(lab, tmp_path, *over)
     outcome = simulation.run(made)
     lines = [json.loads(line) for line in (outcome.folder / "rounds.jsonl").read_text().splitlines()]
     losses = [line["held_out"]["loss"]["weighted"] for line in lines]
-    assert losses[5] < losses[0] - 0.1
+    assert losses[5] < losses[0] - 0.5
     for before, line in zip(losses, lines[1:], strict=False):
         assert line["rose"] == (line["held_out"]["loss"]["weighted"] > before)
 

@@ -77,6 +77,16 @@ def test_a_round_without_a_single_update_stops_with_the_reasons():
     engine.close()
 
 
+def test_a_cohort_of_one_that_stays_away_leaves_the_adapter_and_the_run_goes_on():
+    base = small.model()
+    engine = small.cohort_engine(base, TrainSettings(steps=1, batch_rows=4))
+    states = a_run(Halfhearted(engine, set(small.CLIENTS)), base, size=1, until=3)
+    engine.close()
+    assert [state.round for state, _ in states] == [1, 2, 3]
+    assert len({state.adapter.hash() for state, _ in states}) == 1
+    assert all(report.absences and not report.clients for _, report in states)
+
+
 def test_a_cohort_is_drawn_without_replacement_by_seed_and_round():
     names = [f"c{i}" for i in range(50)]
     draw = lambda seed, round: sampler(FederationSettings(fraction=0.2), names, seed).sample(round)  # noqa: E731

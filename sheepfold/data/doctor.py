@@ -133,6 +133,8 @@ def example_text(example: Example) -> "Text":
 
 
 def _table(report: Report, most: int) -> "Table":
+    from rich.markup import escape
+
     from sheepfold.terminal import table
 
     shown = report.clients if len(report.clients) <= most else report.worst(most)
@@ -141,7 +143,7 @@ def _table(report: Report, most: int) -> "Table":
     headings = ("train", "eval", "test", "tokens", "learned", "cut", "no target", "repeated", "shared", "leaked")
     view = table(title if hidden else None, "client", *headings)
     for client in shown:
-        view.add_row(client.client, *_cells(client))
+        view.add_row(escape(client.client), *_cells(client))
     view.add_section()
     view.add_row("all", *_cells(report.total()), style="bold")
     return view

@@ -142,9 +142,12 @@ def _folder(folder: Path, split: str) -> Iterator[Chunk]:
     files = sorted(p for p in folder.iterdir() if p.is_file() and kind_of(p) and not p.name.startswith("."))
     if not files:
         raise DataError(f"{folder}: no data files ({', '.join(KINDS)}); {_below(folder)}")
-    if any(CLIENT_FILE.fullmatch(stem(path)) for path in files):
+    whole = split in ("train", ALL_SPLITS)
+    if any(CLIENT_FILE.fullmatch(stem(path)) for path in files) and whole:
         return _read(_client_files(files))
     named = {path: SPLIT_NAMES[stem(path).lower()] for path in files if stem(path).lower() in SPLIT_NAMES}
+    if not named and not whole:
+        raise DataError(f"{folder}: no file is named after data.split {split!r}; leave data.split out to read them all")
     if not named:
         return _read([(path, "", "") for path in files])
     if split == ALL_SPLITS:

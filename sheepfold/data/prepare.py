@@ -24,7 +24,7 @@ SPLITS = ("train", "eval", "test")
 def prepare(data: DataSettings, tokenizer: Any, cache: Path | None) -> FederatedData:
     """Return everything that a run trains and evaluates on, its tokens memory-mapped from `cache` (None: in memory).
 
-    A row that lost its whole answer in the cut is in no split; FederatedData counts it.
+    A row with nothing left to learn after the cut is in no split; FederatedData counts it.
     Raises ConfigError and DataError, one line each.
     """
     parted = partition_only(data)

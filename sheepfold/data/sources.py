@@ -139,6 +139,11 @@ def _check(data: DataSettings) -> None:
                 raise ConfigError(
                     f"data.{name} has no effect with data.source 'corpus'; remove it, or name another source"
                 )
+    if data.path is not None and data.source not in NAMED and not files.is_hub_id(data.source):
+        raise ConfigError(
+            f"data.source: no {data.source!r}, whose rows data.path would hold; {suggest(data.source, NAMED)}; or name "
+            "the file itself as data.source"
+        )
     if data.path is not None and Path(data.source).expanduser().exists() and data.source not in NAMED:
         raise ConfigError(f"data.path {data.path!r} has no effect with data.source {data.source!r}; keep one of them")
 

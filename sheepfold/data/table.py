@@ -65,12 +65,14 @@ def counts(data: PartitionedData | FederatedData) -> Counts:
 
 def terminal(table: Counts, most_clients: int = 40, most_categories: int = 8) -> "Table":
     """Return a rich table; beyond the limits, clients are left out and categories added up, and the table says so."""
+    from rich.markup import escape
+
     from sheepfold.terminal import table as empty_table
 
     shown, total = table.limited(most_clients, most_categories)
-    view = empty_table(_summary(table), "client", *(c.replace("_", " ") for c in shown.categories), "all")
+    view = empty_table(_summary(table), "client", *(escape(c.replace("_", " ")) for c in shown.categories), "all")
     for client, row in zip(shown.clients, shown.rows, strict=True):
-        view.add_row(client, *(f"{count:,}" if count else "·" for count in row), f"[bold]{row.sum():,}")
+        view.add_row(escape(client), *(f"{count:,}" if count else "·" for count in row), f"[bold]{row.sum():,}")
     if hidden := len(table.clients) - len(shown.clients):
         view.add_row(f"… {hidden:,} more", *[""] * (len(shown.categories) + 1))
     view.add_section()

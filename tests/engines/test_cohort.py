@@ -265,3 +265,28 @@ def test_closing_puts_the_base_back():
     assert [n for n, _ in base.named_modules()] != names
     engine.close()
     assert [n for n, _ in base.named_modules()] == names
+
+
+def test_the_reference_engine_evaluates_without_dropout_even_before_it_trained():
+    base = small.model()
+    start = adapters(base)["ann"]
+    rows = [(0, np.arange(8))]
+    plain = small.peft_engine(small.model(), RAGGED).held_out([start], rows, 4)
+    fresh = small.peft_engine(base, RAGGED, dropout=0.5).held_out([start], rows, 4)
+    assert fresh[0].value == plain[0].value
+
+
+def test_a_client_that_overflows_in_half_precision_leaves_the_others_their_loss_scale():
+    base = small.model(torch.float16)
+    start = adapters(base, torch.float32)
+    broken = start["bob"].to()
+    for pair in broken.pairs.values():
+        pair.B.mul_(3e4)
+    engine = small.cohort_engine(base, RAGGED.model_copy(update={"epochs": 1}))
+    with_it = {a.client: a for a in engine.train(small.assignments(start | {"bob": broken}))}
+    others = {c: a for c, a in start.items() if c != "bob"}
+    without = {a.client: a for a in engine.train(small.assignments(others))}
+    engine.close()
+    assert isinstance(with_it["bob"], Absence)
+    for client in others:
+        assert small.gap(with_it[client].adapter, without[client].adapter) < 2e-3
