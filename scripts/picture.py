@@ -23,12 +23,13 @@ def main() -> None:
     events: list[tuple[str, Mapping[str, Any]]] = []
     with tempfile.TemporaryDirectory() as folder:
         simulation.run(load(None, [f"output={folder}"]), listener=lambda event, facts: events.append((event, facts)))
-    screen = Console(record=True, width=100, file=io.StringIO(), force_terminal=True)
+    screen = Console(record=True, width=100, file=io.StringIO(), force_terminal=True, highlight=False)
     terminal = Terminal(screen)
     for event, facts in events:
         if event == "round":
             terminal.lines.append(facts)
         elif event == "closing":
+            screen.print()
             screen.print(terminal.rounds())
             terminal(event, facts)
         elif event == "start":

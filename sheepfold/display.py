@@ -91,11 +91,13 @@ class Terminal:
         self._settle()
         closing = facts["closing"]
         for measure in [*closing.metrics, "loss"]:
+            self.console.print()
             self.console.print(closing_table(closing, measure))
             self.console.print(verdict(closing, measure))
 
     def _on_end(self, facts: Mapping[str, Any]) -> None:
         self._settle()
+        self.console.print()
         self.console.print(f"adapter, journal and states are in [bold]{escape(facts['folder'])}[/]")
 
     def _show(self) -> None:
