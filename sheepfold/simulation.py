@@ -1,6 +1,5 @@
 """A whole run on one machine: the loop of rounds.py, and everything that goes around it."""
 
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -10,18 +9,19 @@ from typing import Any
 
 import torch
 
-from sheepfold import joining
+from sheepfold import joining, stopping
 from sheepfold import state as states
 from sheepfold.adapter import Adapter
 from sheepfold.assembly import Parts, assemble, check
 from sheepfold.config import Experiment
-from sheepfold.errors import CheckpointError, ConfigError, TrainingError
+from sheepfold.errors import CheckpointError, TrainingError
 from sheepfold.evaluation.held_out import HeldOut, held_out
 from sheepfold.export import save_adapter
+from sheepfold.facts import data_facts, round_line, run_facts
 from sheepfold.journal import RunFolder, check_same, last_folder, new_folder
 from sheepfold.local.steps import round_lr
-from sheepfold.rounds import RoundReport, rounds
-from sheepfold.state import Best, ServerState
+from sheepfold.rounds import rounds
+from sheepfold.state import ServerState
 
 Listener = Callable[[str, Mapping[str, Any]], None]
 """Is told what happens: (event, facts). Events: stage, start, round, progress, closing, end."""
@@ -96,18 +96,18 @@ def _resumed(folder: RunFolder, experiment: Experiment, round: int | None) -> Se
 
 def _run(parts: Parts, folder: RunFolder, state: ServerState | None, listener: Listener) -> Outcome:
     experiment = parts.experiment
-    listener("start", _facts(parts))
+    listener("start", run_facts(parts))
     lr = partial(round_lr, experiment.train, rounds=experiment.federation.rounds)
     if state is None:
-        folder.write_json("data.json", _data_facts(parts))
+        folder.write_json("data.json", data_facts(parts))
         state = _first(parts, folder, listener)
     else:
-        _check_same_data(folder, _data_facts(parts))
+        _check_same_data(folder, data_facts(parts))
         for line in folder.lines():
             listener("round", line)
     parts.engine.on_step = lambda steps: listener("progress", {"steps": steps})
     for state in _rounds(parts, folder, state, lr, listener):  # noqa: B020, the state handed out is the next one
-        if _stopped(experiment, state):
+        if stopping.stopped(experiment, state):
             break
     parts.engine.on_step = lambda steps: None
     _export(parts, folder, state)
@@ -121,11 +121,11 @@ def _first(parts: Parts, folder: RunFolder, listener: Listener) -> ServerState:
     began = time.perf_counter()
     state = parts.start()
     scores = evaluate(parts, state)
-    _check_stop_key(parts.experiment, scores)
+    stopping.check_key(parts.experiment, scores)
     line: dict[str, Any] = {"round": 0, "held_out": scores.as_dict(), "adapter": state.adapter.hash()}
     line["seconds"] = {"evaluation": time.perf_counter() - began}
     folder.append(line)
-    state = _with_best(parts.experiment, state, scores)
+    state = stopping.watched(parts.experiment, state, scores)
     _save(folder, state, parts.experiment)
     listener("round", line)
     return state
@@ -137,7 +137,7 @@ def _rounds(
     """Go through the remaining rounds: evaluate, write the journal, save, and hand out each state."""
     experiment = parts.experiment
     total, every = experiment.federation.rounds, experiment.evaluation.every
-    if _stopped(experiment, state):
+    if stopping.stopped(experiment, state):
         return
     before: Mapping[str, float] = next(
         (line["held_out"]["loss"] for line in reversed(folder.lines()) if "held_out" in line), {}
@@ -148,15 +148,15 @@ def _rounds(
         state, total, sampler=parts.sampler, strategy=parts.strategy, engine=parts.engine, lr=lr
     ):
         state = replace(state, best=best)
-        line = _line(report, state)
+        line = round_line(report, state)
         if state.round == total or (every and state.round % every == 0):
             began = time.perf_counter()
             scores = evaluate(parts, state)
             line["held_out"] = scores.as_dict()
-            line["rose"] = _rose(before, scores.summary())
+            line["rose"] = stopping.rose(before, scores.summary())
             line["seconds"]["evaluation"] = time.perf_counter() - began
             before = scores.summary()
-            state = _with_best(experiment, state, scores)
+            state = stopping.watched(experiment, state, scores)
             best = state.best
         folder.append(line)
         _save(folder, state, experiment)
@@ -165,13 +165,6 @@ def _rounds(
         if empty == EMPTY_ROUNDS:
             raise TrainingError(f"{empty} rounds in a row without an update; the last one's reason: {report.reasons()}")
         yield state
-
-
-def _rose(before: Mapping[str, float], now: Mapping[str, float]) -> bool:
-    """Return whether held-out loss is no lower than at the last evaluation, nan included."""
-    key = "weighted" if "weighted" in now else "global"
-    was = before.get(key)  # None where the journal had to write nan as null
-    return was is not None and key in now and not now[key] < was
 
 
 def evaluate(parts: Parts, state: ServerState) -> HeldOut:
@@ -185,74 +178,12 @@ def evaluate(parts: Parts, state: ServerState) -> HeldOut:
     return held_out(list(own), means, unseen, has_global=has_global)
 
 
-def _check_stop_key(experiment: Experiment, scores: HeldOut) -> None:
-    """Raise ConfigError where early stopping would wait for a figure that this data never gives."""
-    name = (experiment.stop.key or "loss.sampled").removeprefix("loss.")
-    if name not in (*scores.summary(), "sampled", "never_sampled"):
-        raise ConfigError(
-            f"stop.key loss.{name}: this data has no rows for it; set data.eval_share (own rows) or "
-            "data.partition.holdout_per_category (loss.global), or another key"
-        )
-
-
 def _check_same_data(folder: RunFolder, now: Mapping[str, Any]) -> None:
     """Raise CheckpointError where a run would be resumed on other rows or another base than it began with."""
     before = folder.data()
     for key, what in (("fingerprint", "the data, its partition or its tokens are"), ("base", "the base's weights are")):
         if before.get(key) != now[key]:
             raise CheckpointError(f"{folder.path}: {what} not what the run began with; restore it, or start a new run")
-
-
-def _line(report: RoundReport, state: ServerState) -> dict[str, Any]:
-    """Return a round's line of the journal."""
-    stages: dict[str, float] = {}
-    for measured in report.clients.values():
-        for stage, seconds in measured.seconds.items():
-            stages[stage] = stages.get(stage, 0.0) + seconds
-    clients = {
-        name: {
-            "loss": m.loss.value,
-            "rows": m.rows,
-            "steps": m.steps,
-            "skipped_steps": m.skipped_steps,
-            "processed_rows": m.processed_rows,
-            "processed_tokens": m.processed_tokens,
-        }
-        | ({"why_skipped": m.why_skipped} if m.skipped_steps else {})
-        for name, m in report.clients.items()
-    }
-    return {
-        "round": state.round,
-        "cohort": list(report.cohort),
-        "lr": report.lr,
-        "train_loss": report.loss.value,
-        "clients": clients,
-        "absent": report.absences,
-        "uplink_bytes": report.uplink_bytes,
-        "downlink_bytes": report.downlink_bytes,
-        "seconds": {"round": report.seconds, **stages},
-        "adapter": state.adapter.hash(),
-    }
-
-
-def _with_best(experiment: Experiment, state: ServerState, scores: HeldOut) -> ServerState:
-    """Return the state with its best evaluation brought up to date."""
-    key = experiment.stop.key
-    if key is None:
-        return state
-    summary = scores.summary()
-    name = key.removeprefix("loss.")
-    if name not in summary:
-        return state  # such as never_sampled, once everybody took part: no evaluation, no patience used
-    best = state.best
-    improved = best is None or math.isnan(best.value) or summary[name] < best.value - experiment.stop.delta
-    if best is None or improved:
-        return replace(state, best=Best(key, summary[name], state.round))
-    return replace(state, best=replace(best, waited=best.waited + 1))
-
-
-def _stopped(experiment: Experiment, state: ServerState) -> bool:
-    return state.best is not None and state.best.waited >= experiment.stop.patience
 
 
 def _save(folder: RunFolder, state: ServerState, experiment: Experiment) -> None:
@@ -292,37 +223,3 @@ def _closing(
     folder.write_json("closing.json", closing.as_dict())
     listener("closing", {"closing": closing})
     return closing
-
-
-def _facts(parts: Parts) -> dict[str, Any]:
-    """Return what a reader wants to know before the first round."""
-    tensors = parts.initial.tensors().values()
-    return {
-        "base": parts.base.name,
-        "device": str(parts.base.device),
-        "dtype": str(parts.base.dtype).removeprefix("torch."),
-        "clients": len(parts.data.clients),
-        "cohort": parts.sampler.size,
-        "rounds": parts.experiment.federation.rounds,
-        "train_rows": int(sum(len(c.train) for c in parts.data.clients.values())),
-        "adapter_numbers": sum(t.numel() for t in tensors),
-        "plan": parts.engine.plan,
-        "strategy": parts.strategy.name,
-        "notes": [*(f"{rows} rows left out: {why}" for why, rows in parts.data.dropped.items()), *parts.data.notes],
-    }
-
-
-def _data_facts(parts: Parts) -> dict[str, Any]:
-    """Return what the data amounts to: enough to tell whether two runs saw the same."""
-    data = parts.data
-    sizes = {c: {"train": len(r.train), "eval": len(r.eval), "test": len(r.test)} for c, r in data.clients.items()}
-    return {
-        "fingerprint": data.fingerprint,
-        "base": parts.base.fingerprint,
-        "records": len(data.records),
-        "holdout": len(data.holdout),
-        "dropped": dict(data.dropped),
-        "notes": list(data.notes),
-        "tokens_from_cache": data.tokens_from_cache,
-        "clients": sizes,
-    }

@@ -1,37 +1,28 @@
 """The cohort engine: LoRA for all sampled clients in one pass through one frozen base.
 
-For each pass of K clients and each step, the K clients' rows go through the base together; the loss of a client is the
-token mean over its own rows of the step, and the losses are summed over clients, so no gradient sees another client.
-Each client's gradient is clipped by its own norm, and one element-wise optimizer steps the stacked (K, numbers) tensor.
-Clients with fewer steps leave early: the pass is sorted by steps, so the active ones are always the first k.
+It cuts a cohort into passes of as many clients as memory allows (cohort_pass.py is one pass), and evaluates and
+generates with any number of adapters at once.
 """
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from sheepfold.adapter import Adapter
 from sheepfold.config import AdapterSettings, GenerationSettings, TrainSettings
 from sheepfold.data.rows import TokenRows
-from sheepfold.engines.batches import Batch, Row, batches
-from sheepfold.engines.common import FIRST_LOSS_SCALE, Local, Work
-from sheepfold.engines.dropout import RowKeys
+from sheepfold.engines.batches import Row, batches
+from sheepfold.engines.cohort_pass import Pass
+from sheepfold.engines.common import Local, Work
 from sheepfold.engines.head import Head
-from sheepfold.engines.injection import CohortModel, Selection, Stack, stacked
+from sheepfold.engines.injection import CohortModel, Selection, stacked
 from sheepfold.local import optimizers
 from sheepfold.local.rules import LocalRule
-from sheepfold.local.steps import lr_factor, step_rows, steps_in_round
+from sheepfold.local.steps import steps_in_round
 from sheepfold.messages import Absence, Assignment, Update
 from sheepfold.metrics import Mean
-from sheepfold.rng import derive
 from sheepfold.state import BatchPlan
-
-STAGES = ("data", "forward", "backward", "step")
-"""What a round's seconds are counted as."""
 
 
 class CohortEngine:
@@ -74,7 +65,7 @@ class CohortEngine:
     def _train_pass(self, assignments: Sequence[Assignment]) -> Iterator[Update | Absence]:
         ordered = [c for c in map(self._client, assignments) if c.steps]
         ordered.sort(key=lambda c: -c.steps)
-        done = dict(_Pass(self, ordered).run()) if ordered else {}
+        done = dict(Pass(self, ordered).run()) if ordered else {}
         for a in assignments:
             yield done.get(a.client) or Absence(a.client, "it holds no training rows")
 
@@ -126,187 +117,3 @@ class CohortEngine:
     def close(self) -> None:
         """Put the base's own layers back."""
         self.cohort.close()
-
-
-@dataclass(slots=True)
-class _Sums:
-    """What one step's forward and backward passes left behind, besides the gradient."""
-
-    loss: Tensor
-    """(k,) float64: each client's mean loss of the step, without the local rule's penalty"""
-    targets: np.ndarray
-    """(k,) target tokens of the step"""
-    rows: list[np.ndarray]
-
-
-@dataclass(slots=True)
-class _Clock:
-    """Seconds by stage."""
-
-    seconds: dict[str, float] = field(
-        default_factory=lambda: dict.fromkeys(("data", "forward", "backward", "step"), 0.0)
-    )
-    last: float = field(default_factory=time.perf_counter)
-
-    def lap(self, stage: str) -> None:
-        """Count the time since the last lap as this stage's."""
-        now = time.perf_counter()
-        self.seconds[stage] += now - self.last
-        self.last = now
-
-
-class _Pass:
-    """K clients through one round's local training, most steps first."""
-
-    def __init__(self, engine: CohortEngine, clients: Sequence[Local]) -> None:
-        self.engine = engine
-        self.clients = list(clients)
-        self.clock = _Clock()
-        self.stack = stacked([c.assignment.adapter for c in clients], engine.device, grad=True)
-        # where clients started; only a local rule looks back at it
-        self.start: Stack | None = self.stack.first(len(clients), grad=False) if engine.rule else None
-        self.lr = max(c.assignment.lr for c in clients)
-        self.optimizer = engine.build([self.stack.flat], self.lr)
-        self.loss_scale = FIRST_LOSS_SCALE if engine.half else 1.0
-        self.done: list[tuple[Local, Adapter]] = []
-
-    def run(self) -> Iterator[tuple[str, Update | Absence]]:
-        """Train to the end and yield each client's answer."""
-        model = self.engine.cohort.model
-        model.train(self.engine.settings.gradient_checkpointing)  # transformers checkpoints in training mode alone
-        try:
-            for step in range(self.clients[0].steps):
-                self._leave(sum(c.steps > step for c in self.clients))
-                self._step(step)
-        finally:
-            model.eval()
-        self._leave(0)
-        share = {stage: s / len(self.done) for stage, s in self.clock.seconds.items()}
-        for client, adapter in self.done:
-            targets = int(self.engine.targets[client.rows].sum())
-            yield client.assignment.client, client.answer(adapter, targets, share)
-
-    def _leave(self, active: int) -> None:
-        """Take out the clients that have no step left, and go on with the first `active`."""
-        if active == len(self.clients):
-            return
-        self.done += [(self.clients[k], self.stack.adapter(k)) for k in range(active, len(self.clients))]
-        self.clients = self.clients[:active]
-        if not active:
-            return
-        smaller = self.stack.first(active)
-        optimizer = self.engine.build([smaller.flat], self.lr)
-        optimizers.narrowed(self.optimizer, self.stack.flat, optimizer, smaller.flat)
-        self.stack, self.optimizer = smaller, optimizer
-        self.start = self.start.first(active, grad=False) if self.start else None
-
-    def _step(self, step: int) -> None:
-        sums, norms = self._gradients(step)
-        good = torch.isfinite(norms) & torch.isfinite(sums.loss)
-        bound = self.engine.settings.grad_norm
-        grad = self._grad()
-        if bound is not None:
-            grad.mul_((bound / (norms + 1e-6)).clamp(max=1.0)[:, None].to(grad.dtype))
-        every = bool(good.all())
-        with optimizers.keeping(self.optimizer, [self.stack.flat], None if every else [~good]):
-            self._optimize(step)
-        grad.zero_()
-        losses, taken = sums.loss.tolist(), good.tolist()
-        for k, client in enumerate(self.clients):
-            lengths = [self.engine.tokens.length(n) for n in sums.rows[k]]
-            client.count(losses[k], int(sums.targets[k]), lengths, good=taken[k])
-        self.engine.on_step(len(self.clients))
-        self.clock.lap("step")
-
-    def _gradients(self, step: int) -> tuple[_Sums, Tensor]:
-        """Fill the flat gradient; return the step's sums and each client's gradient norm, (k,).
-
-        In float16 the loss is scaled; where a finite loss gave a gradient that is not, the scale was too large, and the
-        step is computed again with half of it. A client whose gradient overflows even unscaled has only itself to
-        blame: it is left out, and the others go on with the scale they had.
-        """
-        first, hopeless = self.loss_scale, False
-        while True:
-            sums = self._forward_backward(step)
-            grad = self._grad()
-            if self.loss_scale != 1.0:
-                grad.div_(self.loss_scale)
-            norms = grad.square().sum(1).sqrt()
-            overflow = torch.isfinite(sums.loss) & ~torch.isfinite(norms)
-            if self.loss_scale == 1.0 < first and bool(overflow.any()):
-                self.loss_scale, hopeless = first, True
-            elif first == 1.0 or hopeless or not bool(overflow.any()):
-                return sums, norms
-            else:
-                self.loss_scale /= 2
-            grad.zero_()
-
-    def _forward_backward(self, step: int) -> _Sums:
-        engine = self.engine
-        rows = [
-            step_rows(
-                engine.seed, c.assignment.client, c.rows, engine.settings.batch_rows, c.assignment.first_step + step
-            )
-            for c in self.clients
-        ]
-        targets = np.array([engine.targets[numbers].sum() for numbers in rows])
-        flat = [Row(int(n), k, place) for k, numbers in enumerate(rows) for place, n in enumerate(numbers)]
-        loss = torch.zeros(len(rows), dtype=torch.float64, device=engine.device)
-        per_token = torch.from_numpy(1.0 / np.maximum(targets, 1)).to(engine.device)
-        seeds = [derive(engine.seed, "dropout", c.assignment.round, c.assignment.client, step) for c in self.clients]
-        plan = engine.plan
-        limits = {"max_rows": plan.micro_rows * len(rows), "max_tokens": plan.micro_tokens}
-        for cpu_batch in batches(engine.tokens, flat, **limits):
-            batch = cpu_batch.to(engine.device)
-            self.clock.lap("data")
-            with engine.cohort.using(self._selection(batch, seeds)):
-                losses = engine.head.losses(engine.head.hidden(batch.ids), batch.position, batch.target)
-                weighted = losses * per_token[batch.target_group].to(losses.dtype)
-                loss.index_add_(0, batch.target_group, weighted.detach().double())
-                self.clock.lap("forward")
-                if len(losses):  # a sum over clients keeps each gradient its own
-                    torch.autograd.backward(weighted.sum() * self.loss_scale)
-                self.clock.lap("backward")
-        self._penalise()
-        loss[torch.from_numpy(targets == 0)] = torch.nan  # a mean over nothing
-        return _Sums(loss, targets, rows)
-
-    def _selection(self, batch: Batch, seeds: Sequence[int]) -> Selection:
-        p = self.engine.dropout
-        if not p:
-            return Selection(self.stack, batch.group)
-        keys = torch.tensor(seeds, device=batch.group.device)[batch.group] + batch.place * 0x9E3779B9
-        return Selection(self.stack, batch.group, p, RowKeys(keys))
-
-    def _penalise(self) -> None:
-        """Add the gradient of the local rule's penalty."""
-        if self.engine.rule is None or self.start is None:
-            return
-        for local, start in ((self.stack.A, self.start.A), (self.stack.B, self.start.B)):
-            for name in self.stack.sites:
-                torch.autograd.backward(self.engine.rule(local[name], start[name]).sum() * self.loss_scale)
-        self.clock.lap("backward")
-
-    def _optimize(self, step: int) -> None:
-        """Step all clients, each at its own learning rate.
-
-        The update of an element-wise optimizer is proportional to its rate, so where the rates differ (clients with
-        unequal numbers of steps under a schedule) everybody steps at the highest one and is drawn back by the ratio.
-        """
-        settings = self.engine.settings
-        rates = [c.assignment.lr * lr_factor(settings, step, c.steps) for c in self.clients]
-        highest = max(rates)
-        self.optimizer.param_groups[0]["lr"] = highest
-        flat = self.stack.flat
-        if min(rates) == highest:
-            self.optimizer.step()
-            return
-        before = flat.clone()
-        self.optimizer.step()
-        ratio = torch.tensor([rate / highest for rate in rates], dtype=flat.dtype, device=flat.device)
-        flat.copy_(torch.lerp(before, flat, ratio[:, None]))
-
-    def _grad(self) -> Tensor:
-        grad = self.stack.flat.grad
-        assert grad is not None
-        return grad
