@@ -60,6 +60,13 @@ def check(experiment: Experiment) -> tuple[Strategy, dict[str, Metric]]:
     return made, metrics
 
 
+def _try(name: str, metric: Metric, data: FederatedData) -> None:
+    """Score one row with a metric, so that an own one that gives no number is found before anything trains."""
+    score = metric(data.records[0], data.records[0].output)
+    if not isinstance(score, int | float):
+        raise ConfigError(f"evaluation.metrics {name!r}: gave a {type(score).__name__} for a row, expected a number")
+
+
 def check_length(experiment: Experiment, positions: int | None) -> None:
     """Raise ConfigError where rows may be longer than the base's positions (None: it has no end of positions)."""
     if positions is not None and experiment.data.max_tokens > positions:
@@ -85,6 +92,8 @@ def assemble(experiment: Experiment, plan: BatchPlan | None = None) -> Parts:
     check_length(experiment, outline.max_positions)
     data = load_data(experiment, load_tokenizer(experiment.model))
     chosen = sampler(experiment.federation, list(data.clients), experiment.seed)
+    for name, metric in metrics.items():
+        _try(name, metric, data)
     start = read_start(experiment, outline.model)
     base = load_base(experiment.model, experiment.device)  # the heavy part, when all else is known to be there
     train_rows = {name: rows.train for name, rows in data.clients.items()}

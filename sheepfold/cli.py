@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -53,12 +54,12 @@ def run(
     if quiet or as_json:
         from sheepfold.display import json_lines
 
-        simulation.run(experiment, **go, listener=json_lines if as_json else simulation.silent)
+        _interruptible(lambda: simulation.run(experiment, **go, listener=json_lines if as_json else simulation.silent))
         return
     from sheepfold.display import Terminal
 
     with Terminal() as terminal:
-        simulation.run(experiment, **go, listener=terminal)
+        _interruptible(lambda: simulation.run(experiment, **go, listener=terminal))
 
 
 @app.command()
@@ -121,6 +122,8 @@ def data_show(
     from sheepfold.data import prepare, table
 
     counts = table.counts(prepare.partition_only(experiment.data))
+    if html and not html.parent.is_dir():
+        _fail(f"--html {html}: no folder {html.parent}; make it, or name another")
     if html:
         from sheepfold.state import write_atomic
 
@@ -183,8 +186,14 @@ def main() -> None:
             sys.exit(2)
         where = error.ctx.command_path if error.ctx else "sheepfold"
         _fail(f"{error.format_message()} (see `{where} --help`)")
-    except (typer.Abort, KeyboardInterrupt):
-        sys.stderr.write("sheepfold: interrupted; go on with --resume\n")
+
+
+def _interruptible(go: Callable[[], object]) -> None:
+    """Run; on Ctrl-C say how to go on. Rounds that were finished are on disk."""
+    try:
+        go()
+    except KeyboardInterrupt:
+        sys.stderr.write("sheepfold: interrupted; finished rounds are saved, go on with --resume\n")
         sys.exit(130)
 
 

@@ -322,6 +322,8 @@ def recipe(name: str) -> Path:
 
 def build(values: Mapping[str, Any], source: str = "experiment") -> Experiment:
     """Return the experiment that these values describe; raise ConfigError for the first thing that is wrong."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{source}: expected a mapping of options, found a {type(values).__name__}")
     try:
         return Experiment.model_validate(dict(values))
     except ValidationError as error:

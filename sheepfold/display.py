@@ -120,7 +120,7 @@ def _row(line: Mapping[str, Any]) -> list[str]:
     clients = f"{len(line.get('clients', {}))}{absent}" if line["round"] else ""
     return [
         str(line["round"] or "start"),
-        clients + (f" [yellow]{skipped} steps skipped[/]" if skipped else ""),
+        clients + (f", [yellow]{skipped} steps skipped[/]" if skipped else ""),
         train,
         _figure(loss.get("weighted"), "loss") + rose,
         _figure(loss.get("worst_decile"), "loss"),
@@ -173,14 +173,15 @@ def _figure(value: float | None, measure: str) -> str:
 def verdict(closing: "Closing", measure: str) -> str:
     """Return what the closing table says, in one or two sentences."""
     shared = closing.scores[measure].get("shared", {})
-    better, of = closing.helped(measure)
+    better, ties, of = closing.helped(measure)
+    tied = f", and tied on {ties}" if ties else ""
     alone = closing.alone_on_shared(measure)
     named = {"base": shared.get("base")}
     named |= {"best client alone": (min if measure == "loss" else max)(alone)} if alone else {}
     named |= {name: shared[name] for name in ("federated", "centralised") if name in shared}
     figures = ", ".join(f"{name} {_figure(value, measure)}" for name, value in named.items() if value is not None)
     text = f"On everybody's {closing.shared_rows} held-out rows: {figures}."
-    return text + (f" Joining beat training alone on {better} of {of} clients' own rows." if of else "")
+    return text + (f" Joining beat training alone on {better} of {of} clients' own rows{tied}." if of else "")
 
 
 def json_lines(event: str, facts: Mapping[str, Any]) -> None:

@@ -122,8 +122,8 @@ def export_peft(
         dropout=card.dropout,
     )
     how = (
-        "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
-        f"base = AutoModelForCausalLM.from_pretrained({loaded_as(card.base)})\n"
+        f"from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n{_import_of(card.base)}\n"
+        f'base = AutoModelForCausalLM.from_pretrained({_name_of(card.base)}, dtype="float32")\n'
         'model = PeftModel.from_pretrained(base, "this folder")'
     )
     with writing(Path(folder)):
@@ -155,7 +155,7 @@ def export_merged(
         _edit_json(fresh / "config.json", own | untied)
         card = card or Card(base.name, Path(folder).name, "LoRA", 0)
         how = "from transformers import AutoModelForCausalLM\n\n"
-        how += 'model = AutoModelForCausalLM.from_pretrained("this folder")'
+        how += 'model = AutoModelForCausalLM.from_pretrained("this folder", dtype="float32")'
         (fresh / "README.md").write_text(card.text("merged model", how), encoding="utf-8")
 
 
@@ -185,9 +185,13 @@ def short_targets(adapter: Adapter, model: nn.Module) -> list[str]:
     return sorted(last if found == set(adapter.pairs) else adapter.pairs)
 
 
-def loaded_as(base: str) -> str:
-    """Return the Python expression that names a base to transformers."""
-    return '__import__("sheepfold.models").models.BUILTIN' if base == "builtin:tiny" else repr(base)
+def _import_of(base: str) -> str:
+    """Return the import line that a base's name needs: the built-in one is a folder of this package."""
+    return "from sheepfold.models import BUILTIN\n" if base == "builtin:tiny" else ""
+
+
+def _name_of(base: str) -> str:
+    return "BUILTIN" if base == "builtin:tiny" else repr(base)
 
 
 def card_of(experiment: "Experiment", rounds: int) -> Card:

@@ -37,7 +37,7 @@ def run_facts(parts: Parts) -> dict[str, Any]:
         "adapter_numbers": sum(t.numel() for t in tensors),
         "plan": parts.engine.plan,
         "strategy": parts.strategy.name,
-        "notes": [*(f"{rows} rows left out: {why}" for why, rows in parts.data.dropped.items()), *parts.data.notes],
+        "notes": list(parts.data.notes),
     }
 
 

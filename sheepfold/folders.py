@@ -26,11 +26,21 @@ def fresh_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         with writing(target):
             yield partial
+            _as_open_as_new_files(partial)
             if target.exists():
                 target.rmdir()
             partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _as_open_as_new_files(folder: Path) -> None:
+    """Give every file the mode that new files have here; safetensors leaves its own at 0600."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.chmod(0o666 & ~mask)
 
 
 @contextlib.contextmanager

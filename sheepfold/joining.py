@@ -38,11 +38,12 @@ class Closing:
         """Return what each client's own adapter reaches on everybody's rows."""
         return [v for name, v in self.scores[measure].get("shared", {}).items() if name.startswith("local:")]
 
-    def helped(self, measure: str) -> tuple[int, int]:
-        """Return on how many clients' own rows the federation beats training alone, and how many can be compared."""
+    def helped(self, measure: str) -> tuple[int, int, int]:
+        """Return on how many clients' own rows the federation beats training alone, ties with it, and is compared."""
         sign = -1 if measure == "loss" else 1
         own = [s for rows, s in self.scores[measure].items() if rows != "shared" and {"local", "federated"} <= s.keys()]
-        return sum(sign * s["federated"] > sign * s["local"] for s in own), len(own)
+        better = sum(sign * s["federated"] > sign * s["local"] for s in own)
+        return better, sum(s["federated"] == s["local"] for s in own), len(own)
 
 
 def train_alone(parts: Parts, rounds: int, lr: Callable[[int], float]) -> dict[str, Adapter]:

@@ -9,10 +9,11 @@
 The journal's line goes to disk before the state does: a run that dies between the two drops the line when it resumes.
 """
 
+import itertools
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,32 +114,59 @@ def plain(value: Any) -> Any:
 
 
 def new_folder(experiment: Experiment) -> RunFolder:
-    """Return a folder that no run has used: <output>/<name>, or <name>-2, <name>-3, ... Nothing is overwritten."""
-    root = Path(experiment.output)
-    number = 1
-    while (path := root / (experiment.name if number == 1 else f"{experiment.name}-{number}")).exists():
-        number += 1
-    return RunFolder(path)
+    """Make and return a folder that is this run's alone: <output>/<name>, or <name>-2, <name>-3, ...
+
+    Nothing is overwritten, and of two runs that start together each gets its own. Raises CheckpointError where the
+    place refuses.
+    """
+    for path in _names(experiment):
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            if path.parent.is_dir():
+                continue
+            raise CheckpointError(f"{path.parent}: is a file; set another output folder") from None
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be made ({error.strerror}); set another output folder") from None
+        return RunFolder(path)
+    raise AssertionError("names do not end")
 
 
 def last_folder(experiment: Experiment) -> RunFolder:
     """Return the newest folder of this experiment's name. Raises CheckpointError where there is none."""
-    root, number = Path(experiment.output), 1
-    path = root / experiment.name
-    while (root / f"{experiment.name}-{number + 1}").exists():
-        number += 1
-        path = root / f"{experiment.name}-{number}"
-    if not (path / "experiment.yaml").is_file():
-        raise CheckpointError(f"{path}: no run to resume; start it without --resume")
-    return RunFolder(path)
+    found = None
+    for path in _names(experiment):
+        if not path.exists():
+            break
+        folder = RunFolder(path)
+        if (path / "experiment.yaml").is_file() and folder.experiment().name == experiment.name:
+            found = folder  # another experiment may be called foo-2 itself
+    if found is None:
+        raise CheckpointError(f"{Path(experiment.output) / experiment.name}: no run to resume; start without --resume")
+    return found
 
 
-def check_same(before: Experiment, now: Experiment) -> None:
-    """Raise ConfigError, naming the option, where a resumed run would not be the one that began."""
+def _names(experiment: Experiment) -> Iterator[Path]:
+    root = Path(experiment.output)
+    yield root / experiment.name
+    for number in itertools.count(2):
+        yield root / f"{experiment.name}-{number}"
+
+
+def check_same(folder: RunFolder, now: Experiment) -> None:
+    """Raise ConfigError, naming the option, where a resumed run would not be the one that began.
+
+    More rounds may follow, unless the learning rate was planned over the number of rounds.
+    """
+    before = folder.experiment()
     old, new = before.model_dump(mode="json"), now.model_dump(mode="json")
+    planned = before.train.round_schedule in ("linear", "cosine")
     for key, was, is_ in _differences(old, new):
-        if key.split(".")[0] not in MAY_CHANGE:
-            raise ConfigError(f"--resume: {key} was {was!r} and is now {is_!r}; set it back, or start a new run")
+        if key.split(".")[0] in MAY_CHANGE or (key == "federation.rounds" and not planned):
+            continue
+        raise ConfigError(
+            f"--resume {folder.path}: {key} was {was!r} and is now {is_!r}; set it back, or start a new run"
+        )
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], at: str = "") -> list[tuple[str, Any, Any]]:

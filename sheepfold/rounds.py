@@ -97,6 +97,11 @@ def rounds(
         first = next(updates, None)
         # a cohort of one whose client stayed away: nothing to fold, and no reason to stop
         state = strategy.fold(state, chain([first], updates)) if first else state.advance(state.adapter)
+        if not isinstance(state, ServerState):
+            raise TrainingError(
+                f"federation.strategy {strategy.name}: its fold returned a {type(state).__name__}, expected a "
+                "ServerState; end it with `return state.advance(adapter)`"
+            )
         drawn = {client: state.drawn.get(client, 0) + steps for client, steps in report.steps.items()}
         state = replace(state, drawn={**state.drawn, **drawn})
         report.seconds = time.perf_counter() - began

@@ -60,14 +60,14 @@ def run(
     """
     check(experiment)
     resume = resume or resume_from is not None
-    folder = last_folder(experiment) if resume else new_folder(experiment)
-    state = _resumed(folder, experiment, resume_from) if resume else None
-    listener("stage", {"text": f"loading {experiment.model.base}", "folder": str(folder.path)})
+    folder = last_folder(experiment) if resume else None
+    state = _resumed(folder, experiment, resume_from) if folder else None
+    listener("stage", {"text": f"loading {experiment.model.base}"})
     try:
         parts = assemble(experiment, state.plan if state else None)
         try:
-            if state is None:
-                folder.create(experiment)
+            folder = folder or new_folder(experiment)
+            folder.create(experiment)
             return _run(parts, folder, state, listener)
         finally:
             parts.engine.close()
@@ -80,7 +80,7 @@ def run(
 
 def _resumed(folder: RunFolder, experiment: Experiment, round: int | None) -> ServerState | None:
     """Return the state to go on from, None where the run died before its first one."""
-    check_same(folder.experiment(), experiment)
+    check_same(folder, experiment)
     kept = folder.kept_rounds()
     if round is None and not folder.latest.is_file() and not kept:
         folder.rewind(-1)  # it died before its first state: begin again

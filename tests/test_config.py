@@ -70,6 +70,11 @@ def test_what_is_wrong_is_said_in_one_line_with_the_key_and_a_way_on(values, mes
     assert "\n" not in str(error.value)
 
 
+def test_what_is_no_mapping_is_refused_in_python_too():
+    with pytest.raises(ConfigError, match="expected a mapping of options, found a list"):
+        build([1])  # type: ignore[arg-type]
+
+
 def test_overrides_are_yaml_and_reach_any_depth(tmp_path):
     path = tmp_path / "e.yaml"
     path.write_text("train: {lr: 0.1}\n")

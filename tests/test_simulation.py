@@ -206,3 +206,47 @@ def test_a_run_that_diverges_stops_with_the_reason_and_keeps_its_last_state(tmp_
     assert states.load(folder / "state" / "latest.safetensors").round < 2
     text = (folder / "rounds.jsonl").read_text()
     assert "NaN" not in text
+
+
+def test_more_rounds_may_follow_and_end_as_if_they_had_been_asked_for_at_once(tmp_path):
+    whole = simulation.run(experiment(tmp_path, name="whole", **{"federation.rounds": 4}))
+    simulation.run(experiment(tmp_path, **{"federation.rounds": 2}))
+    longer = simulation.run(experiment(tmp_path, **{"federation.rounds": 4}), resume=True)
+    assert longer.adapter.hash() == whole.adapter.hash()
+    planned = {"train.round_schedule": "cosine", "name": "planned"}
+    simulation.run(experiment(tmp_path, **planned))
+    with pytest.raises(ConfigError, match=r"federation.rounds was 2"):
+        simulation.run(experiment(tmp_path, **planned, **{"federation.rounds": 3}), resume=True)
+
+
+def test_runs_that_start_together_get_folders_of_their_own(tmp_path):
+    from concurrent.futures import ThreadPoolExecutor
+
+    from sheepfold.journal import new_folder
+
+    with ThreadPoolExecutor(8) as pool:
+        folders = [f.path for f in pool.map(lambda _: new_folder(experiment(tmp_path)), range(8))]
+    assert len(set(folders)) == 8
+
+
+def test_resume_finds_its_own_run_beside_one_that_is_called_alike(tmp_path):
+    first = simulation.run(experiment(tmp_path, name="foo"))
+    simulation.run(experiment(tmp_path, name="foo-2", seed=5))
+    assert simulation.run(experiment(tmp_path, name="foo"), resume=True).folder == first.folder
+
+
+def no_number(record, answer):
+    return "x"
+
+
+def forgets_to_return(weights, local):
+    from sheepfold.strategies.base import Strategy
+
+    return Strategy(name="mine", fold=lambda state, updates: list(updates) and None)
+
+
+def test_own_parts_that_return_the_wrong_thing_are_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"no_number.*expected a number"):
+        simulation.run(experiment(tmp_path, **{"evaluation.metrics": ["tests.test_simulation:no_number"]}))
+    with pytest.raises(TrainingError, match="mine: its fold returned a NoneType"):
+        simulation.run(experiment(tmp_path, **{"federation.strategy": "tests.test_simulation:forgets_to_return"}))

@@ -71,8 +71,8 @@ class _Rows:
             column = settings.column if settings.column not in ("category", "client") else name
             raise DataError(
                 f"data.partition.by {settings.by!r} looks at the {name} (column {column!r}), and {blank.size:,} of "
-                f"{len(self):,} rows have none, row {self.source.numbers[self.rows[blank[0]]]} first; "
-                f"set data.fields.{name} to the column that has it, or {way_on}"
+                f"{len(self):,} rows have none, row {self.source.numbers[self.rows[blank[0]]]} first (from 0); "
+                f"fill it in or leave those rows out, set data.fields.{name} to the column that has it, or {way_on}"
             )
         return found
 
