@@ -303,21 +303,25 @@ class Experiment(Section):
 
 
 def load(path: str | os.PathLike[str] | None, overrides: Sequence[str] = ()) -> Experiment:
-    """Return the experiment of a file (None: the demo recipe), with `key.path=value` overrides applied.
+    """Return the experiment of a file or of a shipped recipe's name (None: demo), with `key.path=value` applied.
 
     Raises ConfigError with one line that names the file, the key, the value found and the value expected.
     """
-    path = Path(path) if path is not None else recipe("demo")
+    if path is None:
+        path = recipe("demo")
+    path = Path(path)
+    if not path.exists() and not path.suffix:
+        path = recipe(path.name)
     return build(_with_overrides(read_yaml(path), overrides), source=path.name)
 
 
 def recipe(name: str) -> Path:
     """Return the path of a shipped experiment file."""
     root = Path(__file__).parent
-    for folder in (root / "recipes", root.parent / "recipes"):
-        if (folder / f"{name}.yaml").is_file():
-            return folder / f"{name}.yaml"
-    raise ConfigError(f"no recipe {name!r}")
+    known = {file.stem: file for folder in (root.parent, root) for file in (folder / "recipes").glob("*.yaml")}
+    if name not in known:
+        raise ConfigError(f"{name}: no such experiment file, and no recipe of that name; {suggest(name, known)}")
+    return known[name]
 
 
 def build(values: Mapping[str, Any], source: str = "experiment") -> Experiment:

@@ -70,6 +70,13 @@ def test_what_is_wrong_is_said_in_one_line_with_the_key_and_a_way_on(values, mes
     assert "\n" not in str(error.value)
 
 
+def test_a_shipped_recipe_goes_by_its_name():
+    assert load("demo") == load(None)
+    assert load("shepherd-dolly").name == "shepherd-dolly"
+    with pytest.raises(ConfigError, match="no recipe of that name; did you mean 'shepherd-dolly'"):
+        load("sheperd-dolly")
+
+
 def test_what_is_no_mapping_is_refused_in_python_too():
     with pytest.raises(ConfigError, match="expected a mapping of options, found a list"):
         build([1])  # type: ignore[arg-type]
