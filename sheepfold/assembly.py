@@ -90,12 +90,14 @@ def assemble(experiment: Experiment, plan: BatchPlan | None = None) -> Parts:
     made, metrics = check(experiment)
     outline = config_only(experiment.model, experiment.device)
     check_length(experiment, outline.max_positions)
-    data = load_data(experiment, load_tokenizer(experiment.model))
+    tokenizer = load_tokenizer(experiment.model)
+    data = load_data(experiment, tokenizer)
     chosen = sampler(experiment.federation, list(data.clients), experiment.seed)
     for name, metric in metrics.items():
         _try(name, metric, data)
     start = read_start(experiment, outline.model)
-    base = load_base(experiment.model, experiment.device)  # the heavy part, when all else is known to be there
+    # the heavy part, when all else is known to be there
+    base = load_base(experiment.model, experiment.device, tokenizer)
     train_rows = {name: rows.train for name, rows in data.clients.items()}
     sites = find_targets(base.model, experiment.adapter.targets) if experiment.adapter.method == "lora" else {}
     initial = first_adapter(experiment, sites, start) if sites else None

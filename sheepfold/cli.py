@@ -121,13 +121,14 @@ def data_show(
     experiment = _experiment(file)
     from sheepfold.data import prepare, table
 
-    counts = table.counts(prepare.partition_only(experiment.data))
     if html and not html.parent.is_dir():
         _fail(f"--html {html}: no folder {html.parent}; make it, or name another")
+    counts = table.counts(prepare.partition_only(experiment.data))
     if html:
-        from sheepfold.state import write_atomic
+        from sheepfold import folders
 
-        write_atomic(html, table.heatmap_html(counts).encode())
+        with folders.writing(html):
+            folders.replace_file(html, table.heatmap_html(counts).encode())
     if as_json:
         _print(counts.as_dict())
         return

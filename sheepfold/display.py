@@ -28,7 +28,6 @@ class Terminal:
 
     def __init__(self, screen: Console | None = None) -> None:
         self.console = screen or console()
-        self._facts: Mapping[str, Any] = {}
         self.lines: list[Mapping[str, Any]] = []
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -64,7 +63,6 @@ class Terminal:
         self._show()
 
     def _on_start(self, facts: Mapping[str, Any]) -> None:
-        self._facts = facts
         f = facts
         self.console.print(
             f"[bold]{f['strategy']}[/] on {escape(f['base'])} ({f['device']}, {f['dtype']}): {f['clients']:,} clients, "

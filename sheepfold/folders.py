@@ -1,4 +1,4 @@
-"""New folders that are whole or absent: filled under a temporary name, then moved into place."""
+"""Files and folders that are whole or absent: filled under a temporary name, then moved into place."""
 
 import contextlib
 import os
@@ -9,6 +9,30 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from sheepfold.errors import CheckpointError
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file so that, whatever happens, it holds its old content or its new one; raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _flush(path.parent)
+
+
+def _flush(folder: Path) -> None:
+    """Make a rename last through a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager

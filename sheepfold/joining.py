@@ -104,11 +104,11 @@ def evaluation_rows(parts: Parts) -> dict[str, np.ndarray]:
     return {client: chosen(client) for client in parts.data.clients}
 
 
-def shared_rows(parts: Parts) -> np.ndarray:
+def shared_rows(parts: Parts, own: Mapping[str, np.ndarray]) -> np.ndarray:
     """Return everybody's rows: the global test set, else all clients' held-out rows together."""
     if len(parts.data.holdout):
         return parts.data.holdout
-    return np.concatenate(list(evaluation_rows(parts).values()))
+    return np.concatenate(list(own.values()))
 
 
 def compare(
@@ -118,7 +118,8 @@ def compare(
     who = {"base": parts.initial, "federated": federated} | ({"centralised": central} if central else {})
     adapters = [*who.values(), *local.values()]
     number = {name: i for i, name in enumerate([*who, *(f"local:{c}" for c in local)])}
-    own, shared = evaluation_rows(parts), shared_rows(parts)
+    own = evaluation_rows(parts)
+    shared = shared_rows(parts, own)
     asked: list[tuple[str, str, np.ndarray]] = []
     for client, rows in own.items():
         if len(rows):

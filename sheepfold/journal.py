@@ -2,7 +2,7 @@
 
     experiment.yaml   the experiment, every option resolved
     data.json         what the data amounts to: fingerprint, sizes, rows left out
-    rounds.jsonl      one line for each evaluated start, round and closing table
+    rounds.jsonl      one line for the evaluated start and for each round
     state/            latest.safetensors, best.safetensors, round-0003.safetensors (every file is always whole)
     adapter/, best/   PEFT folders, written at the end
 
@@ -98,8 +98,8 @@ class RunFolder:
             raise CheckpointError(f"{self.path / 'rounds.jsonl'}: a line is not JSON; was it edited?") from None
 
     def rewind(self, round: int) -> None:
-        """Drop the journal's lines from after this round, and closing tables."""
-        kept = [line for line in self.lines() if "round" in line and line["round"] <= round]
+        """Drop the journal's lines from after this round."""
+        kept = [line for line in self.lines() if line["round"] <= round]
         content = "".join(json.dumps(line) + "\n" for line in kept)
         states.write_atomic(self.path / "rounds.jsonl", content.encode())
 

@@ -65,14 +65,14 @@ class Outline:
     """Longest sequence that the model takes; None where positions are unlimited."""
 
 
-def load_base(settings: ModelSettings, device: str = "auto") -> Base:
-    """Return the base that the settings name, frozen and silent, on the device.
+def load_base(settings: ModelSettings, device: str = "auto", tokenizer: Any = None) -> Base:
+    """Return the base that the settings name, frozen and silent, on the device; `tokenizer`: one already loaded.
 
     Raises ModelError (one line: what, where, what next) for whatever cannot be loaded whole.
     """
     where, place = _find(settings.base), pick_device(device)
     config, dtype = _config(where, settings), pick_dtype(settings.dtype, place)
-    tokenizer = _tokenizer(where, settings, config)
+    tokenizer = tokenizer or _tokenizer(where, settings, config)
     model = _weights(where, settings, dtype)
     _check_vocabulary(tokenizer, model, settings.base)
     published = silence_dropout(model)

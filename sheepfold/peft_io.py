@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from sheepfold.adapter import Adapter, LoraPair
 from sheepfold.errors import AdapterMismatch, CheckpointError, ModelError
+from sheepfold.folders import replace_file
 from sheepfold.targets import is_linear, linear_shape
 
 PREFIX = "base_model.model."
@@ -68,9 +69,8 @@ def write_peft(
     config |= {"fan_in_fan_out": fan_in_fan_out, "revision": revision, "lora_dropout": dropout}
     folder = Path(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _replace(folder / WEIGHTS, save(_keyed(adapter), metadata={"format": "pt"}))
-        _replace(folder / CONFIG, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
+        replace_file(folder / WEIGHTS, save(_keyed(adapter), metadata={"format": "pt"}))
+        replace_file(folder / CONFIG, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
     except OSError as error:
         reason = error.strerror or error
         raise CheckpointError(f"{folder}: the adapter cannot be written ({reason}); choose another place") from None
@@ -144,19 +144,6 @@ def _keyed(adapter: Adapter) -> dict[str, Tensor]:
         keyed[f"{PREFIX}{path}.lora_A.weight"], keyed[f"{PREFIX}{path}.lora_B.weight"] = pair.A, pair.B
     keyed |= {f"{PREFIX}{name}": tensor for name, tensor in sorted(adapter.extra.items())}
     return {key: tensor.detach().cpu().contiguous() for key, tensor in keyed.items()}
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name, force it to disk, and move it into place."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _locate(path: Path, config: Path | None) -> tuple[Path, Path]:

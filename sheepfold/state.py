@@ -5,7 +5,6 @@ either the old state or the new one. The file is safetensors with a JSON head; a
 """
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from sheepfold.adapter import Adapter, from_tensors
 from sheepfold.errors import CheckpointError
+from sheepfold.folders import replace_file
 
 FORMAT = 1
 
@@ -107,31 +107,14 @@ def load(path: Path) -> ServerState:
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file so that, whatever happens, it holds its old content or its new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    """Write a run's file so that it is always whole; raises CheckpointError where the disk refuses."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _flush_folder(path.parent)
+        replace_file(path, content)
     except OSError as error:
-        temporary.unlink(missing_ok=True) if path.parent.is_dir() and os.access(path.parent, os.W_OK) else None
         raise CheckpointError(
             f"{path}: cannot be written ({error.strerror or error}); free some space or set another output folder, "
             "then go on with --resume"
         ) from None
-
-
-def _flush_folder(folder: Path) -> None:
-    """Make a rename last through a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _hash(tensors: Mapping[str, Tensor]) -> str:

@@ -13,6 +13,7 @@ from sheepfold.export import Card, export_merged, export_peft, export_run, merge
 from sheepfold.models import BUILTIN, Base, silence_dropout
 from sheepfold.peft_io import read_peft
 from sheepfold.targets import find_targets, linear_shape
+from tests import small
 
 CONFIGS = {
     "llama": LlamaConfig(
@@ -52,22 +53,6 @@ def adapter_for(model, targets="all-linear"):
     return Adapter(pairs)
 
 
-@torch.no_grad()
-def logits_with(model, adapter):
-    """The oracle: forward hooks that add scale * B A x to what the base computes."""
-    hooks = []
-    for path, pair in adapter.pairs.items():
-
-        def add(_module, args, out, pair=pair):
-            return out + pair.scale * (args[0] @ pair.A.T @ pair.B.T)
-
-        hooks.append(model.get_submodule(path).register_forward_hook(add))
-    logits = model(IDS).logits
-    for hook in hooks:
-        hook.remove()
-    return logits
-
-
 @pytest.mark.parametrize(
     ("family", "targets"),
     [("llama", "all-linear"), ("tied", ("q_proj", "lm_head")), ("tied", "auto"), ("gpt2", "auto"), ("falcon", "auto")],
@@ -76,7 +61,7 @@ def test_the_merged_model_has_the_evaluated_logits_and_the_base_stays_as_it_was(
     base = base_of(family)
     adapter = adapter_for(base.model, targets)
     before = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
-    expected = logits_with(base.model, adapter)
+    expected = small.logits_with(base.model, adapter, IDS)
     export_merged(base, adapter, tmp_path / "merged", card=CARD)
     after = base.model.state_dict()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())

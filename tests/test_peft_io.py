@@ -13,6 +13,7 @@ from sheepfold.adapter import Adapter, LoraPair
 from sheepfold.errors import AdapterMismatch, CheckpointError, ModelError
 from sheepfold.peft_io import check_fits, read_peft, write_peft
 from sheepfold.targets import find_targets, linear_shape
+from tests import small
 
 CONFIGS = {
     "llama": LlamaConfig(
@@ -38,22 +39,6 @@ def mixed_adapter(model, targets="all-linear"):
     return Adapter(pairs)
 
 
-def logits_with(model, adapter):
-    """The oracle: forward hooks that add scale * B A x."""
-    hooks = []
-    for path, pair in adapter.pairs.items():
-
-        def add(_module, args, out, pair=pair):
-            return out + pair.scale * (args[0] @ pair.A.T @ pair.B.T)
-
-        hooks.append(model.get_submodule(path).register_forward_hook(add))
-    with torch.no_grad():
-        logits = model(IDS).logits
-    for hook in hooks:
-        hook.remove()
-    return logits
-
-
 @pytest.fixture
 def folder(tmp_path):
     """A plain PEFT folder for the llama."""
@@ -70,7 +55,7 @@ def edit(folder, **changes):
 def test_plain_peft_computes_the_adapters_logits(family, tmp_path):
     model = build(family)
     adapter = mixed_adapter(model)
-    expected = logits_with(model, adapter)
+    expected = small.logits_with(model, adapter, IDS)
     write_peft(adapter, tmp_path, "base", fan_in_fan_out=family == "gpt2")
     with torch.no_grad():
         logits = PeftModel.from_pretrained(model, tmp_path)(IDS).logits
@@ -103,7 +88,9 @@ def test_what_peft_saves_is_read_with_its_own_scale_and_ranks(rslora, tmp_path):
     assert len(adapter.pairs) == 24
     assert adapter.ranks["model.layers.1.self_attn.q_proj"] == 2
     with torch.no_grad():
-        torch.testing.assert_close(peft_model(IDS).logits, logits_with(build(), adapter), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            peft_model(IDS).logits, small.logits_with(build(), adapter, IDS), atol=1e-5, rtol=1e-5
+        )
 
 
 def test_a_bin_file_is_read_with_the_configuration_one_folder_up(folder, tmp_path):

@@ -154,7 +154,7 @@ class Pass:
         flat = [Row(int(n), k, place) for k, numbers in enumerate(rows) for place, n in enumerate(numbers)]
         loss = torch.zeros(len(rows), dtype=torch.float64, device=engine.device)
         per_token = torch.from_numpy(1.0 / np.maximum(targets, 1)).to(engine.device)
-        seeds = [derive(engine.seed, "dropout", c.assignment.round, c.assignment.client, step) for c in self.clients]
+        seeds = self._dropout_seeds(step)
         plan = engine.plan
         limits = {"max_rows": plan.micro_rows * len(rows), "max_tokens": plan.micro_tokens}
         for cpu_batch in batches(engine.tokens, flat, **limits):
@@ -172,12 +172,18 @@ class Pass:
         loss[torch.from_numpy(targets == 0)] = torch.nan  # a mean over nothing
         return _Sums(loss, targets, rows)
 
-    def _selection(self, batch: Batch, seeds: Sequence[int]) -> Selection:
-        p = self.engine.dropout
-        if not p:
+    def _dropout_seeds(self, step: int) -> Tensor | None:
+        """Return (clients,) the address of each client's draws in this step; None where nothing is dropped."""
+        if not self.engine.dropout:
+            return None
+        addresses = [("dropout", c.assignment.round, c.assignment.client, step) for c in self.clients]
+        return torch.tensor([derive(self.engine.seed, *address) for address in addresses], device=self.engine.device)
+
+    def _selection(self, batch: Batch, seeds: Tensor | None) -> Selection:
+        if seeds is None:
             return Selection(self.stack, batch.group)
-        keys = torch.tensor(seeds, device=batch.group.device)[batch.group] + batch.place * 0x9E3779B9
-        return Selection(self.stack, batch.group, p, RowKeys(keys))
+        keys = seeds[batch.group] + batch.place * 0x9E3779B9
+        return Selection(self.stack, batch.group, self.engine.dropout, RowKeys(keys))
 
     def _penalise(self) -> None:
         """Add the gradient of the local rule's penalty."""

@@ -14,7 +14,7 @@ from sheepfold.errors import ConfigError
 from sheepfold.local.rules import LocalRule
 from sheepfold.messages import Measurements, Update
 from sheepfold.state import ServerState
-from sheepfold.strategies.base import Strategy, accept_all
+from sheepfold.strategies.base import Strategy
 
 Weights = Literal["rows", "target_tokens", "processed_rows", "uniform"]
 
@@ -36,7 +36,7 @@ def fedavg(weights: Weights = "rows", local: LocalRule | None = None) -> Strateg
             average.add(update.adapter, weight(update.measurements, weights), who)
         return state.advance(average.finish())
 
-    return Strategy(name="fedavg", fold=fold, local=local, check=accept_all)
+    return Strategy(name="fedavg", fold=fold, local=local)
 
 
 def fedit(weights: Weights = "rows", local: LocalRule | None = None) -> Strategy:
