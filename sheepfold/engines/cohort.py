@@ -4,7 +4,7 @@ It cuts a cohort into passes of as many clients as memory allows (cohort_pass.py
 generates with any number of adapters at once.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -14,18 +14,16 @@ from sheepfold.config import AdapterSettings, GenerationSettings, TrainSettings
 from sheepfold.data.rows import TokenRows
 from sheepfold.engines.batches import Row, batches
 from sheepfold.engines.cohort_pass import Pass
-from sheepfold.engines.common import Local, Work
+from sheepfold.engines.common import LocalEngine, Work, without_rows
 from sheepfold.engines.head import Head
 from sheepfold.engines.injection import CohortModel, Selection, stacked
-from sheepfold.local import optimizers
 from sheepfold.local.rules import LocalRule
-from sheepfold.local.steps import steps_in_round
 from sheepfold.messages import Absence, Assignment, Update
 from sheepfold.metrics import Mean
 from sheepfold.state import BatchPlan
 
 
-class CohortEngine:
+class CohortEngine(LocalEngine):
     """Trains and evaluates LoRA adapters on one frozen base, many at a time."""
 
     def __init__(
@@ -41,18 +39,10 @@ class CohortEngine:
         rule: LocalRule | None = None,
     ) -> None:
         """Make an engine over clients' training rows, {client: row numbers}. Raises ConfigError for the optimizer."""
+        super().__init__(tokens, train_rows, train, elementwise=True, seed=seed, plan=plan, rule=rule)
         self.cohort = cohort
         self.head = Head(cohort.model)
-        self.tokens = tokens
-        self.targets = tokens.target_tokens()
-        self.train_rows = train_rows
-        self.settings = train
         self.dropout = adapter.dropout
-        self.seed = seed
-        self.plan = plan
-        self.rule = rule
-        self.on_step: Callable[[int], None] = lambda steps: None  # told how many client steps were taken
-        self.build = optimizers.build(train, elementwise=True)
         weight = self.head.output.weight
         self.device, self.half = weight.device, weight.dtype == torch.float16
 
@@ -63,15 +53,11 @@ class CohortEngine:
             yield from self._train_pass(assignments[start : start + size])
 
     def _train_pass(self, assignments: Sequence[Assignment]) -> Iterator[Update | Absence]:
-        ordered = [c for c in map(self._client, assignments) if c.steps]
+        ordered = [c for c in map(self.local, assignments) if c.steps]
         ordered.sort(key=lambda c: -c.steps)
         done = dict(Pass(self, ordered).run()) if ordered else {}
         for a in assignments:
-            yield done.get(a.client) or Absence(a.client, "it holds no training rows")
-
-    def _client(self, assignment: Assignment) -> "Local":
-        rows = np.asarray(self.train_rows[assignment.client])
-        return Local(assignment, rows, steps_in_round(self.settings, len(rows)) if len(rows) else 0)
+            yield done.get(a.client) or without_rows(a)
 
     @torch.no_grad()
     def held_out(self, adapters: Sequence[Adapter], work: Work, rows: int) -> list[Mean]:

@@ -84,8 +84,7 @@ class Pass:
         self._leave(0)
         share = {stage: s / len(self.done) for stage, s in self.clock.seconds.items()}
         for client, adapter in self.done:
-            targets = int(self.engine.targets[client.rows].sum())
-            yield client.assignment.client, client.answer(adapter, targets, share)
+            yield client.assignment.client, client.answer(adapter, share)
 
     def _leave(self, active: int) -> None:
         """Take out the clients that have no step left, and go on with the first `active`."""

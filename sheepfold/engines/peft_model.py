@@ -5,7 +5,7 @@ rows, steps, learning rates, clipping and loss as there, written the ordinary wa
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,17 +17,17 @@ from sheepfold.adapter import Adapter
 from sheepfold.config import AdapterSettings, GenerationSettings, TrainSettings
 from sheepfold.data.rows import IGNORED, TokenRows
 from sheepfold.engines.carriers import carrier
-from sheepfold.engines.common import FIRST_LOSS_SCALE, Local, Work
+from sheepfold.engines.common import FIRST_LOSS_SCALE, Local, LocalEngine, Work, without_rows
 from sheepfold.local import optimizers
 from sheepfold.local.rules import LocalRule
-from sheepfold.local.steps import lr_factor, step_rows, steps_in_round
+from sheepfold.local.steps import lr_factor, step_rows
 from sheepfold.messages import Absence, Assignment, Update
 from sheepfold.metrics import Mean
 from sheepfold.rng import derive
 from sheepfold.state import BatchPlan
 
 
-class PeftModelEngine:
+class PeftModelEngine(LocalEngine):
     """Trains and evaluates any adapter through PEFT, one client after the other."""
 
     def __init__(
@@ -47,16 +47,8 @@ class PeftModelEngine:
 
         The model is PEFT's from here on. Raises ConfigError for the optimizer, the method or its options.
         """
+        super().__init__(tokens, train_rows, train, elementwise=False, seed=seed, plan=plan, rule=rule)
         self.carrier = carrier(model, sites, adapter, seed)
-        self.tokens = tokens
-        self.targets = tokens.target_tokens()
-        self.train_rows = train_rows
-        self.settings = train
-        self.seed = seed
-        self.plan = plan
-        self.rule = rule
-        self.on_step: Callable[[int], None] = lambda steps: None  # told how many client steps were taken
-        self.build = optimizers.build(train, elementwise=False)
         first = next(model.parameters())
         self.device, self.half = first.device, first.dtype == torch.float16
 
@@ -67,14 +59,12 @@ class PeftModelEngine:
     def train(self, assignments: Sequence[Assignment]) -> Iterator[Update | Absence]:
         """Yield every client's update, or why there is none, in the order of the assignments."""
         for assignment in assignments:
-            rows = np.asarray(self.train_rows[assignment.client])
-            steps = steps_in_round(self.settings, len(rows)) if len(rows) else 0
-            client = Local(assignment, rows, steps)
-            if not steps:
-                yield Absence(assignment.client, "it holds no training rows")
+            client = self.local(assignment)
+            if not client.steps:
+                yield without_rows(assignment)
                 continue
             seconds = self._train_one(client)
-            yield client.answer(self.carrier.read(), int(self.targets[rows].sum()), seconds)
+            yield client.answer(self.carrier.read(), seconds)
 
     def _train_one(self, client: Local) -> dict[str, float]:
         began = time.perf_counter()
