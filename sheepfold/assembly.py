@@ -1,13 +1,17 @@
 """From an experiment to its parts: base, data, engine, sampler, strategy. Cheap checks come before heavy loading."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from sheepfold import planning
-from sheepfold.adapter import Adapter
+from sheepfold.adapter import Adapter, kind
 from sheepfold.config import Experiment
 from sheepfold.data.rows import FederatedData
 from sheepfold.engines.cohort import CohortEngine
@@ -18,12 +22,14 @@ from sheepfold.evaluation.held_out import KEYS
 from sheepfold.evaluation.text_metrics import Metric
 from sheepfold.evaluation.text_metrics import resolve as resolve_metric
 from sheepfold.local import optimizers, rules
+from sheepfold.local.store import ClientStore
 from sheepfold.models import Base, config_only, load_base, load_tokenizer
+from sheepfold.ranks import client_ranks, memory_need, mixed
 from sheepfold.sampler import UniformSampler, sampler
-from sheepfold.state import BatchPlan, ServerState
+from sheepfold.state import BatchPlan, ServerState, Setting
 from sheepfold.strategies import strategy
-from sheepfold.strategies.base import Strategy
-from sheepfold.targets import find_targets, new_adapter
+from sheepfold.strategies.base import Strategy, cut
+from sheepfold.targets import find_targets, is_conv1d, linear_shape, new_adapter
 
 AnyEngine = CohortEngine | PeftModelEngine
 
@@ -40,10 +46,27 @@ class Parts:
     strategy: Strategy
     metrics: Mapping[str, Metric]
     initial: Adapter
+    """The fresh adapter, at each module's largest rank"""
+    setting: Setting
 
     def start(self) -> ServerState:
         """Return the state before round 1."""
-        return ServerState(0, self.initial, self.engine.plan)
+        return self.strategy.begin(ServerState(0, self.initial, self.engine.plan, setting=self.setting))
+
+    def alone(self, client: str) -> Adapter:
+        """Return what a client starts from that trains by itself: the fresh adapter at its own ranks."""
+        own = self.setting.ranks.get(client)
+        return self.initial if own is None else at_ranks(self.initial, own, self.setting.alpha)
+
+    @property
+    def personal(self) -> bool:
+        """Whether a client ends with another adapter than the global one."""
+        return self.experiment.personal.wanted or self.keeps or bool(self.setting.ranks)
+
+    @property
+    def keeps(self) -> bool:
+        """Whether clients keep a part of the adapter to themselves."""
+        return any(self.engine.private(name) for name in self.initial.tensors())
 
 
 def check(experiment: Experiment) -> tuple[Strategy, dict[str, Metric]]:
@@ -53,11 +76,26 @@ def check(experiment: Experiment) -> tuple[Strategy, dict[str, Metric]]:
     """
     made = strategy(experiment.federation, local_rule(experiment))
     made.check(experiment)
+    _check_personal(experiment, made)
     optimizers.build(experiment.train, elementwise=experiment.train.engine == "cohort")
     metrics = {name: resolve_metric(name) for name in experiment.evaluation.metrics}
     if (key := experiment.stop.key) and key.removeprefix("loss.") not in KEYS:
         raise ConfigError(f"stop.key {key!r}: known: {', '.join(f'loss.{k}' for k in KEYS)}")
     return made, metrics
+
+
+def _check_personal(experiment: Experiment, made: Strategy) -> None:
+    personal = experiment.personal
+    if personal.ditto and (made.averages == "products" or made.beyond_peft):
+        raise ConfigError(
+            f"personal.ditto with federation.strategy {made.name}: its factors change their coordinates from round to "
+            "round, so nearness to them means nothing; use fedavg, fedex or another that averages factors"
+        )
+    if personal.keep_local and made.beyond_peft:
+        raise ConfigError(
+            f"personal.keep_local with federation.strategy {made.name}: it trains something else than pairs in some "
+            "rounds, which cannot stay behind; use another strategy"
+        )
 
 
 def _try(name: str, metric: Metric, data: FederatedData) -> None:
@@ -82,8 +120,10 @@ def local_rule(experiment: Experiment) -> rules.LocalRule | None:
     return rules.local_rule(train.local_rule, train.local_rule_args) if train.local_rule else None
 
 
-def assemble(experiment: Experiment, plan: BatchPlan | None = None) -> Parts:
+def assemble(experiment: Experiment, plan: BatchPlan | None = None, clients: Path | None = None) -> Parts:
     """Return the parts of an experiment; `plan` is a resumed run's, else it follows from the machine.
+
+    clients is the folder for what clients keep from round to round (None: a temporary one).
 
     Raises ConfigError, DataError, ModelError or AdapterMismatch, each with its one line.
     """
@@ -100,14 +140,88 @@ def assemble(experiment: Experiment, plan: BatchPlan | None = None) -> Parts:
     base = load_base(experiment.model, experiment.device, tokenizer)
     train_rows = {name: rows.train for name, rows in data.clients.items()}
     sites = find_targets(base.model, experiment.adapter.targets) if experiment.adapter.method == "lora" else {}
-    initial = first_adapter(experiment, sites, start) if sites else None
+    setting = make_setting(experiment, made, list(data.clients), sites, base)
+    initial = first_adapter(experiment, sites, start, setting) if sites else None
     numbers = sum(t.numel() for t in initial.tensors().values()) if initial else 0
     plan = plan or planning.batch_plan(experiment.train, numbers, chosen.size, base.device)
-    engine = make_engine(experiment, base, data, sites, train_rows, plan, made)
+    engine = make_engine(experiment, base, data, sites, train_rows, plan, made, ClientStore(clients))
     if initial is None:
         assert isinstance(engine, PeftModelEngine)
         initial = engine.initial()
-    return Parts(experiment, base, data, engine, chosen, made, metrics, initial)
+    check_patterns(experiment, initial)
+    return Parts(experiment, base, data, engine, chosen, made, metrics, initial, setting)
+
+
+def make_setting(
+    experiment: Experiment, made: Strategy, clients: list[str], sites: Mapping[str, Any], base: Base
+) -> Setting:
+    """Return what all rounds have in common. Raises ConfigError for ranks that the strategy cannot fold."""
+    adapter, seed = experiment.adapter, experiment.seed
+    if not sites or adapter.start:
+        return Setting(seed, clients, alpha=adapter.alpha, weight=partial(_weight, sites))
+    shapes = {path: linear_shape(layer) for path, layer in sites.items()}
+    base_bytes = sum(p.numel() * p.element_size() for p in base.model.parameters())
+    room = partial(memory_need, shapes, base_bytes=base_bytes, activation_bytes=_activation_bytes(experiment, base))
+    ranks = client_ranks(adapter.ranks, adapter.rank, clients, shapes, seed, room)
+    widest = {path: max(own[path] for own in ranks.values()) for path in shapes}
+    if not mixed(ranks):
+        return Setting(seed, clients, {}, widest, adapter.alpha, partial(_weight, sites))
+    if not made.mixed_ranks:
+        raise ConfigError(
+            f"adapter.ranks: clients differ, and federation.strategy {made.name} needs equal ranks; flora, flexlora, "
+            "hetlora and heterolora take mixed ones"
+        )
+    return Setting(seed, clients, ranks, widest, adapter.alpha, partial(_weight, sites))
+
+
+def _activation_bytes(experiment: Experiment, base: Base) -> int:
+    """Return about what one client's forward pass keeps for its backward pass.
+
+    34 numbers a token, layer and unit of width, as a transformer block without recomputation keeps (Korthikanti et al.,
+    arXiv:2205.05198, eq. 1, without its attention maps, which sdpa does not keep).
+    """
+    config: Any = base.model.config
+    layers, width = int(config.num_hidden_layers), int(config.hidden_size)
+    rows = experiment.train.micro_rows or experiment.train.batch_rows
+    return 34 * rows * experiment.data.max_tokens * layers * width * base.dtype.itemsize // 2
+
+
+def _weight(sites: Mapping[str, Any], path: str) -> Tensor:
+    """Return the base's weight at a module, (d_out, d_in), in float32 on the CPU."""
+    weight: Tensor = sites[path].weight.detach().float().cpu()
+    return weight.T if is_conv1d(sites[path]) else weight
+
+
+def at_ranks(adapter: Adapter, ranks: Mapping[str, int], alpha: float) -> Adapter:
+    """Return the adapter's first rows and columns at these ranks, each pair scaled by alpha / rank."""
+    return Adapter({path: cut(pair, ranks[path], alpha / ranks[path]) for path, pair in adapter.pairs.items()})
+
+
+def check_patterns(experiment: Experiment, initial: Adapter) -> None:
+    """Raise ConfigError for a keep_local pattern that keeps nothing."""
+    paths = {name.rpartition("/")[0] for name in initial.tensors()}
+    for pattern in experiment.personal.keep_local:
+        if not any(_matches(path, pattern) for path in paths):
+            raise ConfigError(
+                f"personal.keep_local {pattern!r}: matches no adapted module; they are called like {min(paths)}"
+            )
+
+
+def _matches(path: str, pattern: str) -> bool:
+    """Return whether a pattern names a module, or something that holds it: 'layers.3' names all of that layer."""
+    return any(fnmatchcase(f".{path}.", f"*.{pattern}{rest}.") for rest in ("", ".*"))
+
+
+def private_names(experiment: Experiment, made: Strategy) -> Callable[[str], bool]:
+    """Return which tensors, by flat name, stay with their client: the strategy's, and those of keep_local."""
+    patterns = experiment.personal.keep_local
+
+    def private(name: str) -> bool:
+        path = name.rpartition("/")[0]
+        kept = any(_matches(path, pattern) for pattern in patterns)
+        return made.private(name) or (kept and kind(name) != "positions")
+
+    return private
 
 
 def make_engine(
@@ -118,16 +232,19 @@ def make_engine(
     train_rows: Mapping[str, np.ndarray],
     plan: BatchPlan,
     made: Strategy,
+    store: ClientStore,
 ) -> AnyEngine:
     """Return the engine that the experiment asks for."""
     train, adapter = experiment.train, experiment.adapter
     model: Any = base.model
     if train.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    common: dict[str, Any] = {"seed": experiment.seed, "plan": plan, "rule": made.local}
+    common: dict[str, Any] = {"seed": experiment.seed, "plan": plan, "rule": made.local, "store": store}
+    common |= {"private": private_names(experiment, made), "ditto": experiment.personal.ditto}
     if train.engine == "cohort":
         cohort = CohortModel(model, sites)
         return CohortEngine(cohort, data.tokens, train_rows, train, adapter, **common)
+    common["beyond_peft"] = made.beyond_peft
     return PeftModelEngine(model, list(sites), data.tokens, train_rows, train, adapter, **common)
 
 
@@ -150,11 +267,11 @@ def read_start(experiment: Experiment, model: Any) -> Adapter | None:
     return adapter
 
 
-def first_adapter(experiment: Experiment, sites: Mapping[str, Any], start: Adapter | None) -> Adapter:
+def first_adapter(experiment: Experiment, sites: Mapping[str, Any], start: Adapter | None, setting: Setting) -> Adapter:
     """Return the adapter before round 1: `start`, or A random and B zero. Raises ModelError for other modules."""
     settings = experiment.adapter
     if start is None:
-        return new_adapter(sites, settings.rank, settings.alpha, experiment.seed)
+        return new_adapter(sites, setting.widest, settings.alpha, experiment.seed)
     if start.pairs.keys() != sites.keys():
         odd = sorted(start.pairs.keys() ^ sites.keys())[0]
         raise ModelError(

@@ -78,12 +78,13 @@ def export(
     out: Annotated[Path, typer.Argument(help="Folder to write; must be new or empty.")],
     merged: Annotated[bool, typer.Option("--merged", help="Write the whole model with the adapter merged in.")] = False,
     best: Annotated[bool, typer.Option("--best", help="The best evaluation's adapter, not the last round's.")] = False,
+    client: Annotated[str | None, typer.Option(help="This client's own adapter, where clients have one.")] = None,
     dtype: Annotated[str, typer.Option(help="Number format of a merged model.")] = "float32",
 ) -> None:
     """Take a run's adapter elsewhere: as a PEFT folder, or merged into the base."""
     from sheepfold.export import export_run
 
-    typer.echo(export_run(run_folder, out, merged=merged, best=best, dtype=dtype))
+    typer.echo(export_run(run_folder, out, merged=merged, best=best, client=client, dtype=dtype))
 
 
 @app.command()

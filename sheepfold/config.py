@@ -10,13 +10,18 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from sheepfold import rank_choice
 from sheepfold.errors import ConfigError, suggest
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
+RankChoice = Annotated[
+    Positive | str | tuple[Positive | Mapping[str, Positive], ...] | Mapping[str, Any] | None,
+    BeforeValidator(rank_choice.validate),
+]
 
 
 class Section(BaseModel):
@@ -47,6 +52,10 @@ class AdapterSettings(Section):
     """lora (both engines); full (all weights) or a PEFT method by its PEFT name (peft_model engine)."""
     rank: Positive = 8
     """LoRA rank r."""
+    ranks: RankChoice = None
+    """Instead of rank, where clients or modules differ: a list, dealt to the clients; client -> rank, with a default; a
+    distribution over FlexLoRA's types (homo, random, heavy_tail, heavy_tail_strong, normal); {distribution, types};
+    {by-memory, types}. A rank is a number, or one for each group: {attention: 30, mlp: 200} (docs/from-flexlora.md)."""
     alpha: Annotated[float, Field(gt=0)] = 16.0
     """LoRA alpha: the adapter's output is scaled by alpha / rank."""
     dropout: Share = 0.0
@@ -57,6 +66,16 @@ class AdapterSettings(Section):
     """A PEFT folder to start from, instead of A random and B zero; rank and alpha are then the folder's."""
     options: Mapping[str, Any] = Field(default_factory=dict)
     """Further arguments of the PEFT config class, for methods other than lora."""
+
+    @model_validator(mode="after")
+    def _one_way_to_say_ranks(self) -> Self:
+        if self.ranks is not None and self.method != "lora":
+            raise ValueError(f"ranks has no effect with method {self.method!r}; remove it")
+        if self.ranks is not None and self.start:
+            raise ValueError("ranks has no effect with start, whose folder says the ranks; remove one of them")
+        if self.ranks is not None and self.rank != 8:  # 8 may be a resolved file's: it has every default written out
+            raise ValueError(f"rank {self.rank} and ranks are both set; keep one of them")
+        return self
 
 
 class PartitionSettings(Section):
@@ -187,18 +206,21 @@ class TrainSettings(Section):
 class FederationSettings(Section):
     """Who takes part, and how updates become one adapter."""
 
-    strategy: str = "fedavg"
-    """fedavg, fedit, or module:strategy."""
+    strategy: str | Annotated[tuple[str, ...], Field(min_length=1)] = "fedavg"
+    """How updates fold: fedavg, fedit, flora, fedex, flexlora, hetlora, heterolora, ffa_lora, rolora, fedsa, fed_sb, or
+    module:strategy. fedprox, scaffold, fedopt (fedavgm, fedadam, fedyogi, fedadagrad) and slora change another method:
+    a list composes, outermost first, such as [fedprox, flexlora]; by themselves they change fedavg."""
     strategy_args: Mapping[str, Any] = Field(default_factory=dict)
-    """Arguments of the strategy."""
+    """Arguments of the methods, such as mu or tau; each goes to the method that takes it (docs/methods.md)."""
     rounds: Positive = 5
     """Communication rounds."""
     clients_per_round: Positive | None = None
     """Clients sampled each round; set this or fraction."""
     fraction: Fraction | None = None
     """Share of the clients sampled each round: max(int(fraction * clients), 1); all where neither is set."""
-    weights: Literal["rows", "target_tokens", "processed_rows", "uniform"] = "rows"
-    """A client's weight in the fold: its training rows, their target tokens, the rows it processed, or 1."""
+    weights: Literal["auto", "rows", "target_tokens", "processed_rows", "uniform"] = "auto"
+    """A client's weight in the fold: its training rows, their target tokens, the rows it processed, or 1; auto: as the
+    method's paper has it, rows for most."""
 
     @model_validator(mode="after")
     def _number_or_fraction(self) -> Self:
@@ -208,6 +230,22 @@ class FederationSettings(Section):
                 "keep one of them"
             )
         return self
+
+
+class PersonalSettings(Section):
+    """What a client has for itself, beside what everybody shares."""
+
+    keep_local: tuple[str, ...] = ()
+    """Modules whose adapter is never sent, by path or pattern ('layers.3', '*.down_proj'): each client has its own."""
+    ditto: Annotated[float, Field(gt=0)] | None = None
+    """Each sampled client also trains an adapter of its own, held near the global one: Ditto's lambda."""
+    finetune_steps: Positive | None = None
+    """After the last round every client trains the global adapter this many steps further on its own rows."""
+
+    @property
+    def wanted(self) -> bool:
+        """Whether clients end with adapters of their own."""
+        return bool(self.keep_local or self.ditto or self.finetune_steps)
 
 
 class GenerationSettings(Section):
@@ -270,6 +308,7 @@ class Experiment(Section):
     data: DataSettings = DataSettings()
     train: TrainSettings = TrainSettings()
     federation: FederationSettings = FederationSettings()
+    personal: PersonalSettings = PersonalSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     stop: StopSettings = StopSettings()
     baselines: tuple[Literal["local", "centralised"], ...] = ()

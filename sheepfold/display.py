@@ -69,6 +69,9 @@ class Terminal:
             f"{f['cohort']:,} a round, {f['rounds']} rounds; {f['train_rows']:,} training rows, "
             f"{f['adapter_numbers']:,} numbers in the adapter, {f['plan'].clients_per_pass} clients together"
         )
+        if facts["ranks"]:
+            kinds = ", ".join(f"{count:,} of rank {name}" for name, count in facts["ranks"])
+            self.console.print(f"clients differ: {kinds}")
         for note in facts["notes"]:
             self.console.print(f"[yellow]note[/] {escape(note)}")
         self._progress.reset(self._task, description="evaluating the base")
@@ -141,7 +144,9 @@ def closing_table(closing: "Closing", measure: str) -> Table:
     """Return the closing table of one measure: every client's own rows, and everybody's."""
     scores = closing.scores[measure]
     shared = scores.get("shared", {})
-    who = [w for w in ("base", "local", "federated", "centralised") if any(w in row for row in scores.values())]
+    who = [
+        w for w in ("base", "local", "federated", "personal", "centralised") if any(w in row for row in scores.values())
+    ]
     title = f"was joining worth it? {measure.replace('_', ' ')}"
     view = table(title, "rows of", *who, "alone, on everybody's")
     for client in closing.clients[:MOST_CLIENTS]:

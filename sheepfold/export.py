@@ -24,6 +24,7 @@ from sheepfold.targets import is_conv1d
 if TYPE_CHECKING:
     from sheepfold.assembly import Parts
     from sheepfold.config import Experiment
+    from sheepfold.journal import RunFolder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -74,11 +75,13 @@ def export_run(
     *,
     merged: bool = False,
     best: bool = False,
+    client: str | None = None,
     dtype: str = "float32",
 ) -> Path:
     """Write a run's last (or best) adapter as a new folder, alone or merged into its base; return the folder.
 
-    Raises CheckpointError for a folder that is no run's, has no such state, or cannot be written to.
+    client: that client's own adapter instead. Raises CheckpointError for a folder that is no run's, has no such state
+    or client, or cannot be written to.
     """
     from sheepfold import state as states
     from sheepfold.journal import RunFolder
@@ -87,20 +90,38 @@ def export_run(
     experiment = folder.experiment()
     if best and not folder.best.is_file():
         raise CheckpointError(f"{run}: no best evaluation is kept, since stop.key is not set; export without --best")
+    if best and client is not None:
+        raise ConfigError("--best and --client: clients' own adapters are kept as of the last round; leave one out")
     state = states.load(folder.best if best else folder.latest)
-    if not state.adapter.pairs:
+    whole = state.whole() if client is None else _own_adapter(folder, client)
+    if not whole.pairs:
         raise CheckpointError(
             f"{run}: adapter.method {experiment.adapter.method} has no LoRA pairs; its folders adapter/ and best/, "
             "written when the run ends, are already what plain PEFT and transformers load"
         )
     card = card_of(experiment, state.round)
     if merged:
-        export_merged(load_base(experiment.model, "cpu"), state.adapter, out, numbers, card)
+        export_merged(load_base(experiment.model, "cpu"), whole, out, numbers, card)
     else:
         with fresh_folder(out) as fresh:
             model = config_only(experiment.model, "cpu").model
-            export_peft(state.adapter, fresh, model, card, experiment.model.revision)
+            export_peft(whole, fresh, model, card, experiment.model.revision)
     return Path(out)
+
+
+def _own_adapter(run: "RunFolder", client: str) -> Adapter:
+    from urllib.parse import unquote
+
+    from sheepfold.local.store import folder_name
+
+    folder = run.personal / folder_name(client)
+    if not folder.is_dir():
+        known = [unquote(path.name) for path in run.personal.glob("*")]
+        raise CheckpointError(
+            f"{run.path}: client {client!r} has no adapter of its own; "
+            + (suggest(client, known) if known else "none has: see `personal` in the experiment file")
+        )
+    return peft_io.read_peft(str(folder))
 
 
 def export_peft(
@@ -196,9 +217,9 @@ def _name_of(base: str) -> str:
 
 def card_of(experiment: "Experiment", rounds: int) -> Card:
     """Return what an experiment's exports say of it."""
-    return Card(
-        experiment.model.base, experiment.name, experiment.federation.strategy, rounds, experiment.adapter.dropout
-    )
+    strategy = experiment.federation.strategy
+    method = strategy if isinstance(strategy, str) else " + ".join(strategy)
+    return Card(experiment.model.base, experiment.name, method, rounds, experiment.adapter.dropout)
 
 
 def _dtype(name: str) -> torch.dtype:

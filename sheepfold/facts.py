@@ -1,5 +1,6 @@
 """What a run writes down and tells: its data, its start, and each round, as plain values."""
 
+from collections import Counter
 from typing import Any
 
 from sheepfold.assembly import Parts
@@ -35,10 +36,17 @@ def run_facts(parts: Parts) -> dict[str, Any]:
         "rounds": parts.experiment.federation.rounds,
         "train_rows": int(sum(len(c.train) for c in parts.data.clients.values())),
         "adapter_numbers": sum(t.numel() for t in tensors),
+        "ranks": _kinds_of_clients(parts),
         "plan": parts.engine.plan,
         "strategy": parts.strategy.name,
         "notes": list(parts.data.notes),
     }
+
+
+def _kinds_of_clients(parts: Parts) -> list[tuple[str, int]]:
+    """Return how many clients have which ranks ('8-48'), the most frequent first; nothing where all have the same."""
+    named = Counter("-".join(map(str, sorted(set(own.values())))) for own in parts.setting.ranks.values())
+    return named.most_common()
 
 
 def round_line(report: RoundReport, state: ServerState) -> dict[str, Any]:
@@ -69,5 +77,5 @@ def round_line(report: RoundReport, state: ServerState) -> dict[str, Any]:
         "uplink_bytes": report.uplink_bytes,
         "downlink_bytes": report.downlink_bytes,
         "seconds": {"round": report.seconds, **stages},
-        "adapter": state.adapter.hash(),
+        "adapter": state.hash(),
     }

@@ -2,20 +2,24 @@
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from sheepfold.adapter import Adapter
+from sheepfold.adapter import Adapter, combined
 from sheepfold.assembly import AnyEngine, Parts
 from sheepfold.config import TrainSettings
-from sheepfold.engines.common import Work
+from sheepfold.engines.common import DITTO, OWN, Work, with_own
+from sheepfold.local.store import ClientStore
 from sheepfold.messages import Assignment, Update
 from sheepfold.metrics import Mean
 from sheepfold.rng import stream
 from sheepfold.state import ServerState
 
+TUNED = "tuned/"
+"""How a client's store names what it fine-tuned after the last round."""
 EVERYONE = "everyone"
 """The one client of the centralised baseline."""
 
@@ -30,6 +34,15 @@ class Closing:
     metrics: Sequence[str] = field(default_factory=tuple)
     """Generative measures, higher is better; 'loss' is always there, lower is better."""
 
+    @property
+    def joined(self) -> str:
+        """What a client that joins goes home with: its own adapter where clients have one, else everybody's."""
+        return (
+            "personal"
+            if any("personal" in who for rows in self.scores.values() for who in rows.values())
+            else "federated"
+        )
+
     def as_dict(self) -> dict[str, Any]:
         """Return the table, ready for JSON."""
         return {"scores": self.scores, "clients": list(self.clients), "shared_rows": self.shared_rows}
@@ -39,11 +52,11 @@ class Closing:
         return [v for name, v in self.scores[measure].get("shared", {}).items() if name.startswith("local:")]
 
     def helped(self, measure: str) -> tuple[int, int, int]:
-        """Return on how many clients' own rows the federation beats training alone, ties with it, and is compared."""
-        sign = -1 if measure == "loss" else 1
-        own = [s for rows, s in self.scores[measure].items() if rows != "shared" and {"local", "federated"} <= s.keys()]
-        better = sum(sign * s["federated"] > sign * s["local"] for s in own)
-        return better, sum(s["federated"] == s["local"] for s in own), len(own)
+        """Return on how many clients' own rows joining beats training alone, ties with it, and is compared."""
+        sign, it = -1 if measure == "loss" else 1, self.joined
+        own = [s for rows, s in self.scores[measure].items() if rows != "shared" and {"local", it} <= s.keys()]
+        better = sum(sign * s[it] > sign * s["local"] for s in own)
+        return better, sum(s[it] == s["local"] for s in own), len(own)
 
 
 def train_alone(parts: Parts, rounds: int, lr: Callable[[int], float]) -> dict[str, Adapter]:
@@ -52,7 +65,7 @@ def train_alone(parts: Parts, rounds: int, lr: Callable[[int], float]) -> dict[s
     A client that takes no good step keeps what it has.
     """
     engine = _plain(parts.engine)
-    adapters = dict.fromkeys(parts.data.clients, parts.initial)
+    adapters = {client: parts.alone(client) for client in parts.data.clients}
     drawn = dict.fromkeys(adapters, 0)
     for round in range(rounds):
         work = [Assignment(c, round, a, lr(round), drawn[c]) for c, a in adapters.items()]
@@ -79,12 +92,54 @@ def train_centrally(parts: Parts, state: ServerState, lr: Callable[[int], float]
     return adapter
 
 
+def fine_tune(parts: Parts, state: ServerState, lr: float, steps: int) -> None:
+    """Train every client's adapter further on its own rows, and put the result into its store.
+
+    A client without rows, or without a good step, keeps what it had.
+    """
+    train = parts.experiment.train.model_copy(update={"steps": steps, "epochs": None})
+    engine = _plain(parts.engine, train=train)
+    store = parts.engine.store
+    clients = list(parts.data.clients)
+    for first in range(0, len(clients), parts.engine.plan.clients_per_pass):
+        work = []
+        for client in clients[first : first + parts.engine.plan.clients_per_pass]:
+            assigned = replace(parts.strategy.assign(state, client, lr), frozen=frozenset())
+            work.append(replace(assigned, adapter=with_own(assigned.adapter, store.get(client, state.round), OWN)))
+        for answer in engine.train(work):
+            if isinstance(answer, Update):
+                tuned = {TUNED + name: t for name, t in answer.adapter.tensors().items()}
+                store.put(answer.client, state.round, store.get(answer.client, state.round) | tuned)
+
+
+def personal(parts: Parts, state: ServerState, client: str) -> Adapter:
+    """Return what a client goes home with: the global adapter at its ranks, with what it has of its own in it."""
+    handed = parts.strategy.assign(state, client, 0.0)
+    own = parts.engine.store.get(client, state.round)
+    for prefix in (OWN, DITTO, TUNED):  # the last one that it has says all
+        handed = replace(handed, adapter=with_own(handed.adapter, own, prefix))
+    return combined(handed.side, handed.adapter)
+
+
+def held_out_each(parts: Parts, state: ServerState, asked: Sequence[tuple[str, np.ndarray]]) -> list[Mean]:
+    """Return each client's held-out loss with its own adapter; as many adapters at a time as a pass has clients."""
+    means: list[Mean] = []
+    size = max(8, parts.engine.plan.clients_per_pass)
+    for first in range(0, len(asked), size):
+        part = asked[first : first + size]
+        adapters = [personal(parts, state, client) for client, _ in part]
+        work = [(i, rows) for i, (_, rows) in enumerate(part)]
+        means += parts.engine.held_out(adapters, work, parts.experiment.evaluation.batch_rows)
+    return means
+
+
 def _plain(
     engine: AnyEngine, train_rows: Mapping[str, np.ndarray] | None = None, train: TrainSettings | None = None
 ) -> AnyEngine:
-    """Return the engine without its local rule, over other rows or settings where given."""
+    """Return the engine without a method's client half, over other rows or settings where given."""
     other = copy.copy(engine)
-    other.rule = None
+    other.rule, other.ditto, other.store = None, None, ClientStore()
+    other.private = lambda name: False
     other.train_rows = engine.train_rows if train_rows is None else train_rows
     other.settings = train or engine.settings
     return other
@@ -112,37 +167,48 @@ def shared_rows(parts: Parts, own: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def compare(
-    parts: Parts, federated: Adapter, local: Mapping[str, Adapter], central: Adapter | None, measures: Sequence[str]
+    parts: Parts, state: ServerState, local: Mapping[str, Adapter], central: Adapter | None, measures: Sequence[str]
 ) -> Closing:
     """Score everybody on each client's own rows and on everybody's; measures are 'loss' and the run's metrics."""
-    who = {"base": parts.initial, "federated": federated} | ({"centralised": central} if central else {})
-    adapters = [*who.values(), *local.values()]
-    number = {name: i for i, name in enumerate([*who, *(f"local:{c}" for c in local)])}
+    made: dict[str, Callable[[], Adapter]] = {"base": lambda: parts.initial, "federated": state.whole}
+    if central is not None:
+        made["centralised"] = lambda: central
+    who = list(made)
+    made |= {f"local:{client}": partial(local.__getitem__, client) for client in local}
+    mine = parts.data.clients if parts.personal else {}
+    made |= {f"personal:{client}": partial(personal, parts, state, client) for client in mine}
+    number = {name: i for i, name in enumerate(made)}
     own = evaluation_rows(parts)
     shared = shared_rows(parts, own)
     asked: list[tuple[str, str, np.ndarray]] = []
     for client, rows in own.items():
         if len(rows):
             subjects = [*who, *([f"local:{client}"] if client in local else [])]
+            subjects += [f"personal:{client}"] if client in mine else []
             asked += [(client, subject, rows) for subject in subjects]
-    asked += [("shared", subject, shared) for subject in number] if len(shared) else []
+    everywhere = [n for n in number if not n.startswith("personal:")]  # an own adapter is for its own rows
+    asked += [("shared", subject, shared) for subject in everywhere] if len(shared) else []
     work = [(number[subject], rows) for _, subject, rows in asked]
     scores: dict[str, dict[str, dict[str, float]]] = {}
     for measure in measures:
-        for (rows_of, subject, _), mean in zip(asked, score(parts, adapters, work, measure), strict=True):
-            label = "local" if rows_of != "shared" and subject.startswith("local:") else subject
+        for (rows_of, subject, _), mean in zip(asked, score(parts, list(made.values()), work, measure), strict=True):
+            label = subject.partition(":")[0] if rows_of != "shared" else subject
             scores.setdefault(measure, {}).setdefault(rows_of, {})[label] = mean.value
     return Closing(scores, list(own), len(shared), [m for m in measures if m != "loss"])
 
 
-def score(parts: Parts, adapters: Sequence[Adapter], work: Work, measure: str) -> list[Mean]:
-    """Return the measure of adapters[a] on the given rows, for each (a, row numbers) of the work."""
+def score(parts: Parts, adapters: Sequence[Callable[[], Adapter]], work: Work, measure: str) -> list[Mean]:
+    """Return the measure of adapters[a]() on the given rows, for each (a, row numbers) of the work.
+
+    They are made when their turn comes, so that only a few are in memory.
+    """
     means = [Mean()] * len(work)
     size = max(8, parts.engine.plan.clients_per_pass)
     for first in range(0, len(adapters), size):  # as many adapters on the device as a pass has, or a few
         mine = [i for i, (a, _) in enumerate(work) if first <= a < first + size]
         part = [(work[i][0] - first, work[i][1]) for i in mine]
-        for i, mean in zip(mine, _score(parts, adapters[first : first + size], part, measure), strict=True):
+        held = [make() for make in adapters[first : first + size]]
+        for i, mean in zip(mine, _score(parts, held, part, measure), strict=True):
             means[i] = mean
     return means
 

@@ -3,6 +3,8 @@
     experiment.yaml   the experiment, every option resolved
     data.json         what the data amounts to: fingerprint, sizes, rows left out
     rounds.jsonl      one line for the evaluated start and for each round
+    clients/          what clients keep from round to round, where the method has them keep something
+    personal/         a PEFT folder a client, where clients end with adapters of their own
     state/            latest.safetensors, best.safetensors, round-0003.safetensors (every file is always whole)
     adapter/, best/   PEFT folders, written at the end
 
@@ -41,6 +43,16 @@ class RunFolder:
     def best(self) -> Path:
         """The state of the best evaluation, where one is watched."""
         return self.path / "state" / "best.safetensors"
+
+    @property
+    def clients(self) -> Path:
+        """What clients keep from round to round."""
+        return self.path / "clients"
+
+    @property
+    def personal(self) -> Path:
+        """Clients' own adapters, written at the end."""
+        return self.path / "personal"
 
     def kept(self, round: int) -> Path:
         """The state after a round, where it was kept."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from sheepfold.adapter import Adapter
+from sheepfold.adapter import Adapter, kind, nbytes
 from sheepfold.metrics import Mean
 
 
@@ -24,6 +24,18 @@ class Assignment:
     """Optimizer steps this client has drawn rows for in earlier rounds; its row order goes on from there."""
     memory: Mapping[str, Tensor] = field(default_factory=dict)
     """What the strategy wants the client to have beside the adapter."""
+    side: Adapter = field(default_factory=Adapter)
+    """What the base has changed by since the run began: frozen pairs, the same for everybody."""
+    frozen: frozenset[str] = frozenset()
+    """Kinds of tensors that do not train this round, such as {"A"} (see adapter.kind)."""
+    known: frozenset[str] = frozenset({"positions"})
+    """Kinds of tensors that every client makes for itself from the seed or the base, so that nobody sends them."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that this assignment takes on the wire, downwards."""
+        sent = {name: t for name, t in self.adapter.tensors().items() if kind(name) not in self.known}
+        return nbytes(sent) + self.side.nbytes() + nbytes(self.memory)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +67,18 @@ class Update:
 
     client: str
     adapter: Adapter
+    """Whole: what did not travel is as it was handed out."""
     measurements: Measurements
+    memory: Mapping[str, Tensor] = field(default_factory=dict)
+    """What the strategy wants to hear beside the adapter."""
+    unsent: frozenset[str] = frozenset()
+    """Flat names of the adapter's tensors that stayed with the client, or did not train."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that this update takes on the wire, upwards."""
+        sent = {name: t for name, t in self.adapter.tensors().items() if name not in self.unsent}
+        return nbytes(sent) + nbytes(self.memory)
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,7 +63,7 @@ class RoundReport:
                 continue
             self.clients[answer.client] = answer.measurements
             self.steps[answer.client] = answer.measurements.steps
-            self.uplink_bytes += answer.adapter.nbytes()
+            self.uplink_bytes += answer.nbytes
             yield answer
         if not self.clients and len(self.cohort) > 1:
             raise TrainingError(f"round {self.round}: no client took a good step ({self.reasons()})")
@@ -92,7 +92,7 @@ def rounds(
         cohort = sampler.sample(state.round)
         report = RoundReport(state.round + 1, cohort, lr(state.round))
         assignments = [strategy.assign(state, client, report.lr) for client in cohort]
-        report.downlink_bytes = sum(a.adapter.nbytes() for a in assignments)
+        report.downlink_bytes = sum(a.nbytes for a in assignments)
         updates = report.note(engine.train(assignments))
         first = next(updates, None)
         # a cohort of one whose client stayed away: nothing to fold, and no reason to stop

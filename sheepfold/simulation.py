@@ -1,7 +1,7 @@
 """A whole run on one machine: the loop of rounds.py, and everything that goes around it."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from sheepfold.export import save_adapter
 from sheepfold.facts import data_facts, round_line, run_facts
 from sheepfold.journal import RunFolder, check_same, last_folder, new_folder
 from sheepfold.local.steps import round_lr
+from sheepfold.local.store import ClientStore, folder_name
 from sheepfold.rounds import rounds
 from sheepfold.state import ServerState
 
@@ -68,6 +69,7 @@ def run(
         try:
             folder = folder or new_folder(experiment)
             folder.create(experiment)
+            parts.engine.store = ClientStore(folder.clients)
             return _run(parts, folder, state, listener)
         finally:
             parts.engine.close()
@@ -103,6 +105,8 @@ def _run(parts: Parts, folder: RunFolder, state: ServerState | None, listener: L
         state = _first(parts, folder, listener)
     else:
         _check_same_data(folder, data_facts(parts))
+        state = replace(state, setting=parts.setting)
+        parts.engine.store.rewind(state.round)
         for line in folder.lines():
             listener("round", line)
     parts.engine.on_step = lambda steps: listener("progress", {"steps": steps})
@@ -112,7 +116,7 @@ def _run(parts: Parts, folder: RunFolder, state: ServerState | None, listener: L
     parts.engine.on_step = lambda steps: None
     _export(parts, folder, state)
     closing = _closing(parts, folder, state, lr, listener)
-    listener("end", {"folder": str(folder.path), "adapter": state.adapter.hash(), "round": state.round})
+    listener("end", {"folder": str(folder.path), "adapter": state.hash(), "round": state.round})
     return Outcome(folder.path, state, closing, state.round < experiment.federation.rounds)
 
 
@@ -122,7 +126,7 @@ def _first(parts: Parts, folder: RunFolder, listener: Listener) -> ServerState:
     state = parts.start()
     scores = evaluate(parts, state)
     stopping.check_key(parts.experiment, scores)
-    line: dict[str, Any] = {"round": 0, "held_out": scores.as_dict(), "adapter": state.adapter.hash()}
+    line: dict[str, Any] = {"round": 0, "held_out": scores.as_dict(), "adapter": state.hash()}
     line["seconds"] = {"evaluation": time.perf_counter() - began}
     folder.append(line)
     state = stopping.watched(parts.experiment, state, scores)
@@ -160,6 +164,7 @@ def _rounds(
             best = state.best
         folder.append(line)
         _save(folder, state, experiment)
+        _prune(parts, folder, state, report.cohort)
         listener("round", line)
         empty = 0 if report.clients else empty + 1
         if empty == EMPTY_ROUNDS:
@@ -168,12 +173,19 @@ def _rounds(
 
 
 def evaluate(parts: Parts, state: ServerState) -> HeldOut:
-    """Return the held-out loss of the state's global adapter on every client's rows, and on the global test set."""
+    """Return the held-out loss of what was learned on every client's rows, and on the global test set.
+
+    Where clients keep a part of the adapter, each is judged with its own; one that never took part has none.
+    """
     own = joining.evaluation_rows(parts)
-    work = [(0, rows) for rows in own.values()]
     has_global = len(parts.data.holdout) > 0
-    work += [(0, parts.data.holdout)] if has_global else []
-    means = parts.engine.held_out([state.adapter], work, parts.experiment.evaluation.batch_rows)
+    asked = [*own.items(), *([("", parts.data.holdout)] if has_global else [])]
+    mine = set(parts.engine.store.clients(own)) if parts.keeps else set()
+    work = [(0, rows) for client, rows in asked if client not in mine]
+    rows_at_once = parts.experiment.evaluation.batch_rows
+    shared = iter(parts.engine.held_out([state.whole()], work, rows_at_once) if work else [])
+    each = iter(joining.held_out_each(parts, state, [(c, rows) for c, rows in asked if c in mine]))
+    means = [next(each) if client in mine else next(shared) for client, _ in asked]
     unseen = frozenset(own) - state.drawn.keys()
     return held_out(list(own), means, unseen, has_global=has_global)
 
@@ -195,20 +207,33 @@ def _save(folder: RunFolder, state: ServerState, experiment: Experiment) -> None
     states.save(state, folder.latest)
 
 
+def _prune(parts: Parts, folder: RunFolder, state: ServerState, cohort: Sequence[str]) -> None:
+    """Drop what the cohort's clients kept and no saved state goes back to."""
+    best = [state.best.round] if state.best else []
+    parts.engine.store.prune(cohort, [state.round, *folder.kept_rounds(), *best])
+
+
 def _export(parts: Parts, folder: RunFolder, state: ServerState) -> None:
     """Write the last and the best adapter as folders that other tools load."""
-    save_adapter(parts, state.adapter, folder.path / "adapter", rounds=state.round)
+    save_adapter(parts, state.whole(), folder.path / "adapter", rounds=state.round)
     if state.best is not None:
         best = states.load(folder.best)
-        save_adapter(parts, best.adapter, folder.path / "best", rounds=best.round)
+        save_adapter(parts, best.whole(), folder.path / "best", rounds=best.round)
 
 
 def _closing(
     parts: Parts, folder: RunFolder, state: ServerState, lr: Callable[[int], float], listener: Listener
 ) -> joining.Closing | None:
     """Train the baselines asked for, and compare; None where neither baseline nor metric is asked for."""
-    asked = parts.experiment.baselines
-    if not asked and not parts.metrics:
+    asked, settings = parts.experiment.baselines, parts.experiment.personal
+    if settings.finetune_steps:
+        listener("stage", {"text": "fine-tuning for every client"})
+        joining.fine_tune(parts, state, lr(max(0, state.round - 1)), settings.finetune_steps)
+    if settings.wanted or parts.keeps:
+        for client in parts.engine.store.clients(parts.data.clients):
+            own = joining.personal(parts, state, client)
+            save_adapter(parts, own, folder.personal / folder_name(client), rounds=state.round)
+    elif not asked and not parts.metrics:
         return None
     local: dict[str, Adapter] = {}
     if "local" in asked:
@@ -219,7 +244,7 @@ def _closing(
         listener("stage", {"text": "training on all rows in one place"})
         central = joining.train_centrally(parts, state, lr)
     listener("stage", {"text": "comparing on held-out rows"})
-    closing = joining.compare(parts, state.adapter, local, central, ["loss", *parts.metrics])
+    closing = joining.compare(parts, state, local, central, ["loss", *parts.metrics])
     folder.write_json("closing.json", closing.as_dict())
     listener("closing", {"closing": closing})
     return closing

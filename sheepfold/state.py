@@ -4,18 +4,19 @@ A state is written to a temporary file, flushed to the disk and renamed, so a pr
 either the old state or the new one. The file is safetensors with a JSON head; a hash over its tensors finds damage.
 """
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from torch import Tensor
 
-from sheepfold.adapter import Adapter, from_tensors
+from sheepfold.adapter import Adapter, combined, from_tensors
 from sheepfold.errors import CheckpointError
 from sheepfold.folders import replace_file
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,34 +43,72 @@ class Best:
 
 
 @dataclass(frozen=True, slots=True)
+class Setting:
+    """What all rounds of a run have in common. It follows from the experiment, so it is not saved with the state."""
+
+    seed: int = 0
+    clients: Sequence[str] = ()
+    ranks: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """client -> module path -> rank; clients that are not there have the global adapter's ranks"""
+    widest: Mapping[str, int] = field(default_factory=dict)
+    """module path -> the largest rank of any client; empty: the global adapter's"""
+    alpha: float = 16.0
+    """A pair of rank r is scaled by alpha / r."""
+    weight: Callable[[str], Tensor] | None = None
+    """module path -> the base's weight, (d_out, d_in), in float32"""
+
+
+@dataclass(frozen=True, slots=True)
 class ServerState:
     """Everything the next round depends on."""
 
     round: int
     """Rounds completed."""
     adapter: Adapter
-    """The global adapter."""
+    """The global adapter: what clients start from, beside `side`."""
     plan: BatchPlan
     drawn: Mapping[str, int] = field(default_factory=dict)
     """Steps that each client has drawn so far; clients never sampled are absent."""
     memory: Mapping[str, Tensor] = field(default_factory=dict)
     """The strategy's own: momentum, control variates."""
     best: Best | None = None
+    side: Adapter = field(default_factory=Adapter)
+    """What methods that change the base have changed it by; frozen in training. The base itself stays as it is."""
+    setting: Setting = Setting()
 
-    def advance(self, adapter: Adapter, memory: Mapping[str, Tensor] | None = None) -> "ServerState":
+    def advance(
+        self, adapter: Adapter, memory: Mapping[str, Tensor] | None = None, side: Adapter | None = None
+    ) -> "ServerState":
         """Return the state after one more round with this global adapter."""
-        return replace(self, round=self.round + 1, adapter=adapter, memory=self.memory if memory is None else memory)
+        return replace(
+            self,
+            round=self.round + 1,
+            adapter=adapter,
+            memory=self.memory if memory is None else memory,
+            side=self.side if side is None else side,
+        )
+
+    def hash(self) -> str:
+        """Return a hash over what was learned: equal hashes mean equal bits."""
+        if not self.side.pairs:
+            return self.adapter.hash()
+        return hashlib.sha256((self.adapter.hash() + self.side.hash()).encode()).hexdigest()
+
+    def whole(self) -> Adapter:
+        """Return all that was learned, as one adapter on the base as it was: this is evaluated and exported."""
+        return combined(self.side, self.adapter)
 
 
 def save(state: ServerState, path: Path) -> None:
     """Write a state so that the file is always whole. Raises CheckpointError where the disk refuses."""
     from safetensors.torch import save as serialise
 
-    tensors = state.adapter.tensors() | {f"memory:{name}": t for name, t in state.memory.items()}
+    tensors = {f"{part}:{name}": t for part, held in _parts(state).items() for name, t in held.items()}
     head = {
         "format": FORMAT,
         "round": state.round,
         "scales": {name: pair.scale for name, pair in state.adapter.pairs.items()},
+        "shapes": {name: sparse.shape for name, sparse in state.adapter.sparse.items()},
         "plan": asdict(state.plan),
         "drawn": dict(state.drawn),
         "best": asdict(state.best) if state.best else None,
@@ -79,7 +118,11 @@ def save(state: ServerState, path: Path) -> None:
     write_atomic(path, serialise(contiguous, metadata={"sheepfold": json.dumps(head)}))
 
 
-def load(path: Path) -> ServerState:
+def _parts(state: ServerState) -> dict[str, Mapping[str, Tensor]]:
+    return {"adapter": state.adapter.tensors(), "side": state.side.tensors(), "memory": state.memory}
+
+
+def load(path: Path, setting: Setting = Setting()) -> ServerState:
     """Return the state of a file. Raises CheckpointError for a missing, truncated or altered one."""
     from safetensors import SafetensorError, safe_open
 
@@ -95,14 +138,20 @@ def load(path: Path) -> ServerState:
         raise CheckpointError(f"{path}: not a sheepfold state of format {FORMAT}; it was written by another program")
     if head["hash"] != _hash(tensors):
         raise CheckpointError(f"{path}: its numbers were altered; resume from another round: {_others(path)}")
-    memory = {name.removeprefix("memory:"): t for name, t in tensors.items() if name.startswith("memory:")}
+    parts: dict[str, dict[str, Tensor]] = {"adapter": {}, "side": {}, "memory": {}}
+    for name, tensor in tensors.items():
+        part, _, rest = name.partition(":")
+        parts[part][rest] = tensor
+    sides = {name.removesuffix("/A"): 1.0 for name in parts["side"] if name.endswith("/A")}  # theirs is always 1
     return ServerState(
         round=head["round"],
-        adapter=from_tensors(tensors, head["scales"]),
+        adapter=from_tensors(parts["adapter"], head["scales"], head["shapes"]),
         plan=BatchPlan(**head["plan"]),
         drawn=head["drawn"],
-        memory=memory,
+        memory=parts["memory"],
         best=Best(**head["best"]) if head["best"] else None,
+        side=from_tensors(parts["side"], sides),
+        setting=setting,
     )
 
 

@@ -7,16 +7,14 @@ seconds, so PEFT's table of families is read from its source file.
 import ast
 import functools
 import importlib.util
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
-from sheepfold.adapter import Adapter, LoraPair
+from sheepfold.adapter import Adapter, new_pair
 from sheepfold.errors import ConfigError, ModelError, suggest
 from sheepfold.rng import torch_stream
 
@@ -64,25 +62,22 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
     return cast(nn.Linear, module).in_features, cast(nn.Linear, module).out_features
 
 
-def new_adapter(sites: Mapping[str, nn.Module], rank: int, alpha: float, seed: int) -> Adapter:
-    """Return the adapter that changes nothing yet: A random, B zero, scale alpha / rank; float32 on the CPU.
+def new_adapter(sites: Mapping[str, nn.Module], rank: int | Mapping[str, int], alpha: float, seed: int) -> Adapter:
+    """Return the adapter that changes nothing yet: A random, B zero, scale alpha / rank (see adapter.new_pair).
 
-    A is drawn from the Kaiming-uniform law with a = sqrt(5), so U(-1/sqrt(d_in), 1/sqrt(d_in)), as PEFT draws
-    it (LoRA, arXiv:2106.09685, section 4.1, has a Gaussian); each module's draw has its own address, so the
-    sites chosen do not move each other's numbers. Raises ConfigError where the rank exceeds a module's
-    smaller side.
+    rank: one for all, or module path -> rank. Each module's draw has its own address, so the sites chosen do not move
+    each other's numbers. Raises ConfigError where a rank exceeds a module's smaller side.
     """
     pairs = {}
     for path, module in sites.items():
         d_in, d_out = linear_shape(module)
-        if rank > min(d_in, d_out):
+        r = rank if isinstance(rank, int) else rank[path]
+        if r > min(d_in, d_out):
             raise ConfigError(
-                f"adapter.rank {rank}: {path} is {d_in} -> {d_out}: its update has rank {min(d_in, d_out)} "
+                f"adapter.rank {r}: {path} is {d_in} -> {d_out}: its update has rank {min(d_in, d_out)} "
                 "at most; choose a smaller rank, or targets without this module"
             )
-        A = torch.empty(rank, d_in)
-        nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=torch_stream(seed, "adapter", path))
-        pairs[path] = LoraPair(A, torch.zeros(d_out, rank), alpha / rank)
+        pairs[path] = new_pair(d_in, d_out, r, alpha / r, torch_stream(seed, "adapter", path))
     return Adapter(pairs)
 
 

@@ -239,7 +239,7 @@ def no_number(record, answer):
     return "x"
 
 
-def forgets_to_return(weights, local):
+def forgets_to_return(weights):
     from sheepfold.strategies.base import Strategy
 
     return Strategy(name="mine", fold=lambda state, updates: list(updates) and None)

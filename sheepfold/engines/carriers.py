@@ -4,13 +4,16 @@ A carrier writes an `Adapter` into the model and reads it back, strictly: a tens
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sheepfold.adapter import Adapter, LoraPair
 from sheepfold.config import AdapterSettings
+from sheepfold.engines.injection import chains
 from sheepfold.errors import AdapterMismatch, ConfigError, suggest
 from sheepfold.rng import derive
 
@@ -26,9 +29,16 @@ class Carrier(Protocol):
     def read(self) -> Adapter:
         """Return a copy, on the CPU, of the adapter that the model carries."""
 
+    def factors(self) -> dict[str, Tensor]:
+        """Return the parameters that hold it, by flat name (see Adapter.tensors)."""
 
-def carrier(model: Any, sites: Sequence[str], settings: AdapterSettings, seed: int) -> Carrier:
+
+def carrier(
+    model: Any, sites: Sequence[str], settings: AdapterSettings, seed: int, *, beyond_peft: bool = False
+) -> Carrier:
     """Return the carrier for adapter.method; raises ConfigError for methods that PEFT does not know."""
+    if settings.method == "lora" and beyond_peft:
+        return HookCarrier(model, sites, settings.dropout)
     if settings.method == "lora":
         return LoraCarrier(model, sites, settings.dropout)
     if settings.method == "full":
@@ -47,9 +57,9 @@ class LoraCarrier:
         self._active = ""
 
     def write(self, adapter: Adapter) -> None:
-        if adapter.extra or sorted(adapter.pairs) != sorted(self._sites):
-            odd = sorted(set(adapter.extra) | set(adapter.pairs) ^ set(self._sites))
-            raise AdapterMismatch(f"{odd[0]}: in one of adapter and model only; adapter.targets must match the adapter")
+        _check_sites(adapter, self._sites)
+        if adapter.sparse or any(pair.core is not None for pair in adapter.pairs.values()):
+            adapter = adapter.plain()  # to look at; training these needs HookCarrier
         self._activate(adapter)
         with torch.no_grad():
             for path, pair in adapter.pairs.items():
@@ -63,6 +73,12 @@ class LoraCarrier:
             A, B = (t.detach().cpu().clone() for t in self._factors(path))
             pairs[path] = LoraPair(A, B, float(self._module(path).scaling[self._active]))
         return Adapter(pairs)
+
+    def factors(self) -> dict[str, Tensor]:
+        found = {}
+        for path in self._sites:
+            found[f"{path}/A"], found[f"{path}/B"] = self._factors(path)
+        return found
 
     def _module(self, path: str) -> Any:
         return self.model.base_model.model.get_submodule(path)
@@ -121,6 +137,7 @@ class PeftCarrier:
             with torch.random.fork_rng():
                 torch.manual_seed(derive(seed, "adapter"))
                 self.model: Any = get_peft_model(model, config)
+            self._trained: dict[str, Tensor] | None = None
         except (TypeError, ValueError) as error:
             first = str(error).splitlines()[0]
             raise ConfigError(f"adapter.options for {settings.method}: PEFT refuses them: {first}") from None
@@ -138,6 +155,11 @@ class PeftCarrier:
         from peft import get_peft_model_state_dict
 
         return Adapter(extra=_copies(get_peft_model_state_dict(self.model)))
+
+    def factors(self) -> dict[str, Tensor]:
+        if self._trained is None:
+            self._trained = {f"{n}/extra": p for n, p in self.model.named_parameters() if p.requires_grad}
+        return dict(self._trained)
 
 
 class FullCarrier:
@@ -158,6 +180,80 @@ class FullCarrier:
 
     def read(self) -> Adapter:
         return Adapter(extra=_copies(dict(self.model.named_parameters())))
+
+    def factors(self) -> dict[str, Tensor]:
+        return {f"{name}/extra": p for name, p in self.model.named_parameters()}
+
+
+class HookCarrier:
+    """Pairs, cores and sparse deltas, added to each layer's output by a hook: the plainest way, and the slowest."""
+
+    def __init__(self, model: Any, sites: Sequence[str], dropout: float) -> None:
+        self.model: Any = model
+        self._layers = {path: model.get_submodule(path) for path in sites}
+        self._dropout = dropout
+        self._adapter = Adapter()
+        self._params: dict[str, Tensor] = {}
+        for path, layer in self._layers.items():
+            layer.register_forward_hook(partial(self._add, path))
+
+    def write(self, adapter: Adapter) -> None:
+        _check_sites(adapter, list(self._layers))
+        device = next(self.model.parameters()).device
+        self._adapter = adapter
+        tensors = {n: t.detach().clone().to(device) for n, t in adapter.tensors().items()}
+        self._params = {n: t.requires_grad_(t.is_floating_point()) for n, t in tensors.items()}
+
+    def read(self) -> Adapter:
+        return self._adapter.holding(_copies(self._params))
+
+    def factors(self) -> dict[str, Tensor]:
+        return {name: p for name, p in self._params.items() if p.is_floating_point()}
+
+    def _add(self, path: str, _layer: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor | None:
+        x = args[0]
+        if path in self._adapter.sparse:
+            values, positions = self._params[f"{path}/values"], self._params[f"{path}/positions"]
+            d_out, d_in = self._adapter.sparse[path].shape
+            dense = values.new_zeros(d_out * d_in).index_copy(0, positions, values).view(d_out, d_in)
+            return out + F.linear(x.to(values.dtype), dense).to(out.dtype)
+        if path not in self._adapter.pairs:
+            return None
+        A, B, core = (self._params.get(f"{path}/{kind}") for kind in ("A", "B", "core"))
+        assert A is not None
+        assert B is not None
+        low = F.linear(F.dropout(x.to(A.dtype), self._dropout, self.model.training), A)
+        low = low if core is None else F.linear(low, core)
+        return out + (F.linear(low, B) * self._adapter.pairs[path].scale).to(out.dtype)
+
+
+class SideHooks:
+    """What the base has changed by, added to the output of its own layers, below whatever adapts them."""
+
+    def __init__(self, model: Any, sites: Sequence[str]) -> None:
+        self._chains: dict[str, list[Tensor]] = {}
+        self._first = next(model.parameters())
+        for path in sites:
+            model.get_submodule(path).register_forward_hook(partial(self._add, path))
+
+    def put(self, side: Adapter) -> None:
+        """Add this from now on."""
+        self._chains = chains(side, self._first.device, self._first.dtype)
+
+    def _add(self, path: str, _layer: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor | None:
+        if path not in self._chains:
+            return None
+        x = args[0].to(self._first.dtype)
+        for matrix in self._chains[path]:
+            x = F.linear(x, matrix)
+        return out + x
+
+
+def _check_sites(adapter: Adapter, sites: Sequence[str]) -> None:
+    adapted = {*adapter.pairs, *adapter.sparse}
+    if adapter.extra or adapted != set(sites):
+        odd = sorted(set(adapter.extra) | adapted ^ set(sites))
+        raise AdapterMismatch(f"{odd[0]}: in one of adapter and model only; adapter.targets must match the adapter")
 
 
 def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

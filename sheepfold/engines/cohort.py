@@ -4,7 +4,8 @@ It cuts a cohort into passes of as many clients as memory allows (cohort_pass.py
 generates with any number of adapters at once.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,11 +15,10 @@ from sheepfold.config import AdapterSettings, GenerationSettings, TrainSettings
 from sheepfold.data.rows import TokenRows
 from sheepfold.engines.batches import Row, batches
 from sheepfold.engines.cohort_pass import Pass
-from sheepfold.engines.common import LocalEngine, Work, without_rows
+from sheepfold.engines.common import Local, LocalEngine, Work
 from sheepfold.engines.head import Head
 from sheepfold.engines.injection import CohortModel, Selection, stacked
 from sheepfold.local.rules import LocalRule
-from sheepfold.messages import Absence, Assignment, Update
 from sheepfold.metrics import Mean
 from sheepfold.state import BatchPlan
 
@@ -36,28 +36,22 @@ class CohortEngine(LocalEngine):
         *,
         seed: int,
         plan: BatchPlan,
-        rule: LocalRule | None = None,
+        **client: Any,
     ) -> None:
-        """Make an engine over clients' training rows, {client: row numbers}. Raises ConfigError for the optimizer."""
-        super().__init__(tokens, train_rows, train, elementwise=True, seed=seed, plan=plan, rule=rule)
+        """Make an engine over clients' training rows, {client: row numbers}; `client`: see LocalEngine.
+
+        Raises ConfigError for the optimizer.
+        """
+        super().__init__(tokens, train_rows, train, elementwise=True, seed=seed, plan=plan, **client)
         self.cohort = cohort
         self.head = Head(cohort.model)
         self.dropout = adapter.dropout
         weight = self.head.output.weight
-        self.device, self.half = weight.device, weight.dtype == torch.float16
+        self.device, self.dtype, self.half = weight.device, weight.dtype, weight.dtype == torch.float16
 
-    def train(self, assignments: Sequence[Assignment]) -> Iterator[Update | Absence]:
-        """Yield every client's update, or why there is none, in the order of the assignments."""
-        size = self.plan.clients_per_pass
-        for start in range(0, len(assignments), size):
-            yield from self._train_pass(assignments[start : start + size])
-
-    def _train_pass(self, assignments: Sequence[Assignment]) -> Iterator[Update | Absence]:
-        ordered = [c for c in map(self.local, assignments) if c.steps]
-        ordered.sort(key=lambda c: -c.steps)
-        done = dict(Pass(self, ordered).run()) if ordered else {}
-        for a in assignments:
-            yield done.get(a.client) or without_rows(a)
+    def train_pass(self, clients: Sequence[Local], rule: LocalRule | None) -> None:
+        """Take these clients through their round, together."""
+        Pass(self, clients, rule).run()
 
     @torch.no_grad()
     def held_out(self, adapters: Sequence[Adapter], work: Work, rows: int) -> list[Mean]:

@@ -7,7 +7,7 @@ leave early: the pass is sorted by steps, so the active ones are always the firs
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -15,14 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sheepfold.adapter import Adapter
 from sheepfold.engines.batches import Batch, Row, batches
 from sheepfold.engines.common import FIRST_LOSS_SCALE, Local
 from sheepfold.engines.dropout import RowKeys
-from sheepfold.engines.injection import Selection, Stack, stacked
+from sheepfold.engines.injection import Selection, Stack, chains, stacked
 from sheepfold.local import optimizers
+from sheepfold.local.rules import Factors, LocalRule
 from sheepfold.local.steps import lr_factor, step_rows
-from sheepfold.messages import Absence, Update
 from sheepfold.rng import derive
 
 if TYPE_CHECKING:
@@ -59,20 +58,23 @@ class _Clock:
 class Pass:
     """K clients through one round's local training, most steps first."""
 
-    def __init__(self, engine: "CohortEngine", clients: Sequence[Local]) -> None:
+    def __init__(self, engine: "CohortEngine", clients: Sequence[Local], rule: LocalRule | None) -> None:
         self.engine = engine
-        self.clients = list(clients)
+        self.everyone = self.clients = list(clients)
+        self.rule = rule or LocalRule()
         self.clock = _Clock()
-        self.stack = stacked([c.assignment.adapter for c in clients], engine.device, grad=True)
-        # where clients started; only a local rule looks back at it
-        self.start: Stack | None = self.stack.first(len(clients), grad=False) if engine.rule else None
+        first = clients[0].assignment  # a round's side and frozen kinds are everybody's
+        self.side = chains(first.side, engine.device, engine.dtype)
+        self.stack = stacked([c.start for c in clients], engine.device, grad=True, frozen=first.frozen)
+        self.anchor = self._anchor() if self.rule.penalty else None
+        self.correction = self._correction() if self.rule.correction else None
+        self.gradients = torch.zeros_like(self.stack.flat) if self.rule.mean_gradient else None
         self.lr = max(c.assignment.lr for c in clients)
         self.optimizer = engine.build([self.stack.flat], self.lr)
         self.loss_scale = FIRST_LOSS_SCALE if engine.half else 1.0
-        self.done: list[tuple[Local, Adapter]] = []
 
-    def run(self) -> Iterator[tuple[str, Update | Absence]]:
-        """Train to the end and yield each client's answer."""
+    def run(self) -> None:
+        """Train to the end, and write down what each client learned."""
         model = self.engine.cohort.model
         model.train(self.engine.settings.gradient_checkpointing)  # transformers checkpoints in training mode alone
         try:
@@ -82,15 +84,29 @@ class Pass:
         finally:
             model.eval()
         self._leave(0)
-        share = {stage: s / len(self.done) for stage, s in self.clock.seconds.items()}
-        for client, adapter in self.done:
-            yield client.assignment.client, client.answer(adapter, share)
+        share = {stage: s / len(self.everyone) for stage, s in self.clock.seconds.items()}
+        for client in self.everyone:
+            client.seconds = share
+
+    def _anchor(self) -> Stack:
+        anchors = [c.anchor for c in self.clients]
+        frozen = self.clients[0].assignment.frozen
+        return stacked(anchors, self.engine.device, grad=False, frozen=frozen)
+
+    def _correction(self) -> Tensor:
+        """Return (K, numbers): what the rule adds to every gradient."""
+        assert self.rule.correction is not None
+        return self.stack.packed([self.rule.correction(c.assignment, c.own) for c in self.clients])
 
     def _leave(self, active: int) -> None:
         """Take out the clients that have no step left, and go on with the first `active`."""
         if active == len(self.clients):
             return
-        self.done += [(self.clients[k], self.stack.adapter(k)) for k in range(active, len(self.clients))]
+        for k in range(active, len(self.clients)):
+            client = self.clients[k]
+            client.adapter = self.stack.adapter(k)
+            if self.gradients is not None:
+                client.mean_gradient = self.stack.unpacked(self.gradients / max(1, client.good_steps), k)
         self.clients = self.clients[:active]
         if not active:
             return
@@ -98,7 +114,9 @@ class Pass:
         optimizer = self.engine.build([smaller.flat], self.lr)
         optimizers.narrowed(self.optimizer, self.stack.flat, optimizer, smaller.flat)
         self.stack, self.optimizer = smaller, optimizer
-        self.start = self.start.first(active, grad=False) if self.start else None
+        self.anchor = self.anchor.first(active, grad=False) if self.anchor else None
+        self.correction = None if self.correction is None else self.correction[:active]
+        self.gradients = None if self.gradients is None else self.gradients[:active].clone()
 
     def _step(self, step: int) -> None:
         sums, norms = self._gradients(step)
@@ -107,6 +125,10 @@ class Pass:
         grad = self._grad()
         if bound is not None:
             grad.mul_((bound / (norms + 1e-6)).clamp(max=1.0)[:, None].to(grad.dtype))
+        if self.gradients is not None:
+            self.gradients[good] += grad[good]
+        if self.correction is not None:
+            grad.add_(self.correction)
         every = bool(good.all())
         with optimizers.keeping(self.optimizer, [self.stack.flat], None if every else [~good]):
             self._optimize(step)
@@ -180,17 +202,18 @@ class Pass:
 
     def _selection(self, batch: Batch, seeds: Tensor | None) -> Selection:
         if seeds is None:
-            return Selection(self.stack, batch.group)
+            return Selection(self.stack, batch.group, side=self.side)
         keys = seeds[batch.group] + batch.place * 0x9E3779B9
-        return Selection(self.stack, batch.group, self.engine.dropout, RowKeys(keys))
+        return Selection(self.stack, batch.group, self.engine.dropout, RowKeys(keys), self.side)
 
     def _penalise(self) -> None:
         """Add the gradient of the local rule's penalty."""
-        if self.engine.rule is None or self.start is None:
+        if self.rule.penalty is None or self.anchor is None:
             return
-        for local, start in ((self.stack.A, self.start.A), (self.stack.B, self.start.B)):
-            for name in self.stack.sites:
-                torch.autograd.backward(self.engine.rule(local[name], start[name]).sum() * self.loss_scale)
+        factors = Factors(self.stack.trained, self.anchor.trained, self.stack.ranks())
+        penalty = self.rule.penalty(factors).sum()
+        if penalty.requires_grad:  # not where the rule looks at nothing that trains this round
+            torch.autograd.backward(penalty * self.loss_scale)
         self.clock.lap("backward")
 
     def _optimize(self, step: int) -> None:

@@ -1,16 +1,19 @@
-"""What both engines count and answer."""
+"""What both engines have in common: how one client trains, what it keeps, and what it answers."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
+from torch import Tensor
 
-from sheepfold.adapter import Adapter
+from sheepfold.adapter import Adapter, kind
 from sheepfold.config import TrainSettings
 from sheepfold.data.rows import TokenRows
 from sheepfold.local import optimizers
-from sheepfold.local.rules import LocalRule
+from sheepfold.local.rules import LocalRule, Trained, each_tensor, finished, proximal
 from sheepfold.local.steps import steps_in_round
+from sheepfold.local.store import ClientStore
 from sheepfold.messages import Absence, Assignment, Measurements, Update
 from sheepfold.metrics import Mean
 from sheepfold.state import BatchPlan
@@ -18,12 +21,15 @@ from sheepfold.state import BatchPlan
 FIRST_LOSS_SCALE = 2.0**12
 """Where float16 loss scaling starts in each round; it halves until gradients are finite."""
 
+OWN, DITTO = "own/", "ditto/"
+"""How a client's store names its private tensors, and its own adapter under Ditto."""
+
 Work = Sequence[tuple[int, np.ndarray]]
 """What to evaluate: (number of the adapter, row numbers)."""
 
 
 class LocalEngine:
-    """What both engines are made of: the clients' rows, and how one client trains."""
+    """What both engines are made of: the clients' rows, and how a client goes through a round."""
 
     def __init__(
         self,
@@ -34,9 +40,16 @@ class LocalEngine:
         elementwise: bool,
         seed: int,
         plan: BatchPlan,
-        rule: LocalRule | None,
+        rule: LocalRule | None = None,
+        private: Callable[[str], bool] | None = None,
+        ditto: float | None = None,
+        store: ClientStore | None = None,
     ) -> None:
-        """train_rows: {client: row numbers}. Raises ConfigError for the optimizer."""
+        """train_rows: {client: row numbers}. Raises ConfigError for the optimizer.
+
+        private says which tensors, by flat name, stay with their client; ditto is Ditto's lambda (None: no own
+        adapters); store holds what clients keep.
+        """
         self.tokens = tokens
         self.targets = tokens.target_tokens()
         self.train_rows = train_rows
@@ -44,14 +57,66 @@ class LocalEngine:
         self.seed = seed
         self.plan = plan
         self.rule = rule
+        self.private = private or (lambda name: False)
+        self.ditto = ditto
+        self.store = store or ClientStore()
         self.on_step: Callable[[int], None] = lambda steps: None  # told how many client steps were taken
         self.build = optimizers.build(train, elementwise=elementwise)
 
+    def train(self, assignments: Sequence[Assignment]) -> Iterator[Update | Absence]:
+        """Yield every client's update, or why there is none, in the order of the assignments."""
+        size = self.plan.clients_per_pass
+        for first in range(0, len(assignments), size):
+            clients = [self.local(a) for a in assignments[first : first + size]]
+            self._pass(clients, self.rule)
+            if self.ditto:
+                self._train_own(clients)
+            for client in clients:
+                yield self._answer(client)
+
+    def train_pass(self, clients: Sequence["Local"], rule: LocalRule | None) -> None:
+        """Take these clients, each with steps and most steps first, through their round; fill in what they learned."""
+        raise NotImplementedError
+
     def local(self, assignment: Assignment) -> "Local":
-        """Return a client ready to train; one without rows has no steps."""
+        """Return a client ready to train, with what it kept; one without rows has no steps."""
         rows = np.asarray(self.train_rows[assignment.client])
         steps = steps_in_round(self.settings, len(rows)) if len(rows) else 0
-        return Local(assignment, rows, int(self.targets[rows].sum()), steps)
+        own = self.store.get(assignment.client, assignment.round)
+        start = with_own(assignment.adapter, own, OWN)
+        return Local(assignment, start, assignment.adapter, own, rows, int(self.targets[rows].sum()), steps)
+
+    def _pass(self, clients: Sequence["Local"], rule: LocalRule | None) -> None:
+        ready = sorted((c for c in clients if c.steps), key=lambda c: -c.steps)
+        if ready:
+            self.train_pass(ready, rule)
+
+    def _train_own(self, clients: Sequence["Local"]) -> None:
+        """Train each client's own adapter, held near the global one (Ditto, arXiv:2012.04221, Algorithm 1)."""
+        near = LocalRule(penalty=each_tensor(partial(proximal, mu=float(self.ditto or 0))))
+        twins = [c.twin(with_own(c.assignment.adapter, c.own, DITTO)) for c in clients if c.good_steps]
+        self._pass(twins, near)
+        for client, twin in zip((c for c in clients if c.good_steps), twins, strict=True):
+            if twin.good_steps and twin.adapter.is_finite():
+                client.own_adapter = twin.adapter
+            client.seconds = {k: s + twin.seconds.get(k, 0.0) for k, s in client.seconds.items()}
+
+    def _answer(self, client: "Local") -> Update | Absence:
+        """Return what goes to the server, and put what stays into the store."""
+        a = client.assignment
+        if why := client.absent():
+            return why
+        done = finished(self.rule, a, Trained(client.adapter, client.own, client.mean_gradient))
+        tensors = done.adapter.tensors()
+        private = {name for name in tensors if self.private(name)}
+        keep = dict(done.own) | {OWN + name: tensors[name] for name in private}
+        if client.own_adapter is not None:
+            keep |= {DITTO + name: t for name, t in client.own_adapter.tensors().items()}
+        if keep:
+            self.store.put(a.client, a.round + 1, keep)
+        silent = {name for name in tensors if kind(name) in a.frozen or kind(name) == "positions"}
+        sent = _as_handed_out(done.adapter, a.adapter, private)
+        return Update(a.client, sent, client.measured(), done.send, frozenset(silent | private))
 
 
 @dataclass(slots=True)
@@ -59,6 +124,12 @@ class Local:
     """One client while it trains: its assignment, its rows, and what it has done so far."""
 
     assignment: Assignment
+    start: Adapter
+    """Where it starts: what it was handed, with its own tensors in it."""
+    anchor: Adapter
+    """What its local rule's penalty looks back at."""
+    own: Mapping[str, Tensor]
+    """What it kept from earlier rounds."""
     rows: np.ndarray
     target_tokens: int
     """Target tokens of all its rows."""
@@ -69,6 +140,18 @@ class Local:
     processed_rows: int = 0
     processed_tokens: int = 0
     why_skipped: str = ""
+    adapter: Adapter = field(default_factory=Adapter)
+    """What it learned."""
+    mean_gradient: Mapping[str, Tensor] = field(default_factory=dict)
+    own_adapter: Adapter | None = None
+    """Ditto: its own adapter."""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """Its share of its pass, by stage."""
+
+    def twin(self, start: Adapter) -> "Local":
+        """Return the same client, about to train on the same rows from another start."""
+        a = self.assignment
+        return Local(a, start, a.adapter, self.own, self.rows, self.target_tokens, self.steps)
 
     def count(self, loss: float, targets: int, lengths: Sequence[int], *, good: bool) -> None:
         """Count one step: its loss (nats per target token), its target tokens, the lengths of its rows."""
@@ -80,14 +163,20 @@ class Local:
         self.processed_rows += len(lengths)
         self.processed_tokens += sum(lengths)
 
-    def answer(self, adapter: Adapter, seconds: Mapping[str, float]) -> Update | Absence:
-        """Return the client's update, or, without a single good step, why there is none."""
+    def absent(self) -> Absence | None:
+        """Return why this client has nothing to send, if that is so."""
         client = self.assignment.client
+        if not self.steps:
+            return Absence(client, "it holds no training rows")
         if not self.good_steps:
             return Absence(client, f"no good step in {self.steps}: {self.why_skipped}", self.steps)
-        if not adapter.is_finite():
+        if not self.adapter.is_finite():
             return Absence(client, "its adapter is no longer finite (overflow: lower the learning rate)", self.steps)
-        measured = Measurements(
+        return None
+
+    def measured(self) -> Measurements:
+        """Return what the round amounted to."""
+        return Measurements(
             loss=self.loss,
             rows=len(self.rows),
             target_tokens=self.target_tokens,
@@ -96,14 +185,23 @@ class Local:
             steps=self.steps,
             skipped_steps=self.steps - self.good_steps,
             why_skipped=self.why_skipped,
-            seconds=seconds,
+            seconds=self.seconds,
         )
-        return Update(client, adapter, measured)
 
 
-def without_rows(assignment: Assignment) -> Absence:
-    """Return the answer of a client that has nothing to train on."""
-    return Absence(assignment.client, "it holds no training rows")
+def with_own(adapter: Adapter, own: Mapping[str, Tensor], prefix: str) -> Adapter:
+    """Return an adapter with those of its tensors replaced that a client has of its own, under this prefix."""
+    had = adapter.tensors()
+    names = {name: own[prefix + name] for name in had if prefix + name in own}
+    return adapter.holding({name: t for name, t in names.items() if t.shape == had[name].shape}) if names else adapter
+
+
+def _as_handed_out(trained: Adapter, handed: Adapter, private: set[str]) -> Adapter:
+    """Return a trained adapter with its private tensors as the server knows them."""
+    pairs = {p: handed.pairs[p] if {f"{p}/A", f"{p}/B"} <= private else pair for p, pair in trained.pairs.items()}
+    whole = Adapter(pairs, trained.extra, trained.sparse)
+    had = handed.tensors()
+    return whole.holding({name: had[name] for name in private}) if private else trained
 
 
 def explain(loss: float, targets: int) -> str:

@@ -1,33 +1,36 @@
-"""Many adapters on one frozen base: each adapted layer adds its own client's low-rank term to every row of a batch.
+"""Many adapters on one frozen base: each adapted layer adds its own client's change to every row of a batch.
 
     y_row = base(x_row) + s_k B_k A_k dropout(x_row),   k = client of the row
 
-The factors of all clients lie stacked, A (K, r, d_in) and B (K, d_out, r). A batch holds rows of any clients in any
-order; `index` (rows,) says whose each row is, and two batched matmuls do the rest (Punica's idea, arXiv:2310.18547,
-written for training). Clients of a smaller rank are padded with zeros, which get zero gradients and stay zero.
+A change is a chain of matrices that a row goes through: A and B; A, core and B; or one sparse matrix. The matrices of
+all clients lie stacked, A (K, r, d_in) and B (K, d_out, r). A batch holds rows of any clients in any order; `index`
+(rows,) says whose each row is, and batched matmuls do the rest (Punica's idea, arXiv:2310.18547, written for training).
+Clients of a smaller rank are padded with zeros, which get zero gradients and stay zero.
 """
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sheepfold.adapter import Adapter, LoraPair, pad
+from sheepfold.adapter import Adapter, kind
 from sheepfold.engines.dropout import RowKeys, dropout
 from sheepfold.errors import AdapterMismatch, ModelError
 
 # The gradients are strided as their views are, on purpose: one flat gradient for all layers.
 warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout contract")
 
+Shape = tuple[int, ...]
+
 
 @dataclass(slots=True)
 class Stack:
-    """K adapters in one flat tensor (K, numbers), and a leaf view of it for every A and B.
+    """K adapters: what trains in one flat tensor (K, numbers), with a leaf view of it for every factor.
 
     The views are what autograd sees; their gradients are views of one flat gradient. So norms, the optimizer step and
     zeroing are single operations on (K, numbers), however many layers are adapted.
@@ -35,82 +38,166 @@ class Stack:
 
     flat: Tensor
     """(K, numbers), in float32 or float64; its .grad is the flat gradient"""
+    adapters: Sequence[Adapter]
+    """What was stacked"""
+    shapes: Mapping[str, Shape]
+    """What trains, by flat name, in the order of `flat`: the widest client's shape"""
+    fixed: Mapping[str, Tensor]
+    """What does not train, (K, ...), or (1, ...) where all clients share it"""
     scales: Tensor
-    """(K, sites): alpha / r of each client at each site"""
-    sites: Sequence[str]
-    A: Mapping[str, Tensor]
-    """site -> (K, r, d_in)"""
-    B: Mapping[str, Tensor]
-    """site -> (K, d_out, r)"""
-    ranks: Sequence[Mapping[str, int]]
-    """Each client's own rank at each site, without padding."""
+    """(K, sites): alpha / r of each client at each site; (1, sites) where all clients have the same"""
+    trained: Mapping[str, Tensor] = field(default_factory=dict)
+    """flat name -> (K, ...), views of `flat`"""
+
+    def __post_init__(self) -> None:
+        self.trained = self.views(self.flat)
+        if self.flat.grad is not None:
+            grads = self.views(self.flat.grad)
+            self.trained = {name: view.detach().requires_grad_() for name, view in self.trained.items()}
+            for name, view in self.trained.items():
+                view.grad = grads[name]
 
     def __len__(self) -> int:
-        return self.flat.shape[0]
+        return len(self.adapters)
+
+    @property
+    def sites(self) -> list[str]:
+        """The adapted modules, sorted."""
+        return sorted({*self.adapters[0].pairs, *self.adapters[0].sparse})
+
+    def ranks(self) -> dict[str, Tensor]:
+        """Return each client's own rank at each site, (K,)."""
+        paths = self.adapters[0].pairs
+        return {p: torch.tensor([a.pairs[p].rank for a in self.adapters], device=self.flat.device) for p in paths}
+
+    def chain(self, site: str, position: int) -> list[Tensor]:
+        """Return the matrices that a row goes through, (K or 1, out, in) each; scaled in the last one."""
+        factors = {name: self.trained.get(f"{site}/{name}", self.fixed.get(f"{site}/{name}")) for name in _KINDS}
+        if factors["values"] is not None:
+            d_out, d_in = self.adapters[0].sparse[site].shape
+            dense = factors["values"].new_zeros(len(factors["values"]), d_out * d_in)
+            dense = dense.index_copy(1, self.fixed[f"{site}/positions"], factors["values"])
+            return [dense.view(-1, d_out, d_in)]
+        chain = [f for f in (factors["A"], factors["core"], factors["B"]) if f is not None]
+        # scaled before it is narrowed: alpha / r itself may have no exact half-precision number
+        scaled = 1 if factors["core"] is not None else -1  # the small one, where there is one
+        chain[scaled] = chain[scaled] * self.scales[:, position].to(chain[scaled].dtype)[:, None, None]
+        return chain
+
+    def views(self, flat: Tensor) -> dict[str, Tensor]:
+        """Return (K, numbers) as flat name -> (K, ...)."""
+        parts, start = {}, 0
+        for name, shape in self.shapes.items():
+            end = start + _size(shape)
+            parts[name], start = flat[:, start:end].view(len(flat), *shape), end
+        return parts
+
+    def packed(self, rows: Sequence[Mapping[str, Tensor]]) -> Tensor:
+        """Return each client's tensors as (K, numbers), zeros where it has none; the inverse of `unpacked`."""
+        flat = torch.zeros_like(self.flat)
+        views = self.views(flat)
+        for k, tensors in enumerate(rows):
+            for name, tensor in tensors.items():
+                views[name][k][_corner(tensor.shape)] = tensor.to(flat)
+        return flat
+
+    def unpacked(self, flat: Tensor, k: int) -> dict[str, Tensor]:
+        """Return client k's row of (K, numbers) as tensors of its own shapes, copied to the CPU."""
+        own, views = self.adapters[k].tensors(), self.views(flat)
+        # a tensor of its own: a view would keep the whole cohort alive
+        return {name: view[k][_corner(own[name].shape)].detach().cpu().clone() for name, view in views.items()}
 
     def adapter(self, k: int) -> Adapter:
         """Return a copy of client k's adapter on the CPU, at its own rank."""
-        pairs = {}
-        for s, name in enumerate(self.sites):
-            r = self.ranks[k][name]
-            A, B = self.A[name][k, :r].detach(), self.B[name][k, :, :r].detach()
-            # a tensor of its own: a view would keep the whole cohort alive
-            pairs[name] = LoraPair(A.cpu().clone(), B.cpu().contiguous().clone(), float(self.scales[k, s]))
-        return Adapter(pairs)
+        return self.adapters[k].holding(self.unpacked(self.flat, k))
 
     def first(self, k: int, *, grad: bool = True) -> "Stack":
         """Return the first k clients' numbers as a stack of their own."""
-        shapes = {name: (self.A[name].shape[1:], self.B[name].shape[1:]) for name in self.sites}
         flat = self.flat.detach()[:k].clone()
-        return _views(flat, self.scales[:k], self.sites, shapes, self.ranks[:k], grad=grad)
+        flat.grad = torch.zeros_like(flat) if grad else None
+        fixed = {n: t if kind(n) == "positions" else t[:k] for n, t in self.fixed.items()}
+        return Stack(flat, self.adapters[:k], self.shapes, fixed, self.scales[:k])
 
 
-def stacked(adapters: Sequence[Adapter], device: str | torch.device, *, grad: bool) -> Stack:
-    """Return K adapters as one stack, smaller ranks padded with zeros.
+_KINDS = ("A", "B", "core", "values")
+
+
+def stacked(
+    adapters: Sequence[Adapter], device: str | torch.device, *, grad: bool, frozen: Collection[str] = ()
+) -> Stack:
+    """Return K adapters as one stack, smaller ranks padded with zeros; `frozen` kinds of tensors do not train.
 
     Raises AdapterMismatch where they adapt different modules, or carry whole tensors, which only peft_model trains.
     """
-    sites = sorted(adapters[0].pairs)
-    for adapter in adapters:
-        if sorted(adapter.pairs) != sites:
-            odd = sorted(set(adapter.pairs) ^ set(sites))[0]
-            raise AdapterMismatch(f"{odd}: adapted by some clients only; the cohort engine needs one set of modules")
+    tensors = [adapter.tensors() for adapter in adapters]
+    names = tensors[0].keys()
+    for adapter, own in zip(adapters, tensors, strict=True):
         if adapter.extra:
             raise AdapterMismatch(f"{next(iter(adapter.extra))}: whole tensors are trained by train.engine peft_model")
-    widest = {name: max(a.pairs[name].rank for a in adapters) for name in sites}
-    rows = []
-    for adapter in adapters:
-        padded = [pad(adapter.pairs[name], widest[name]) for name in sites]
-        rows.append(torch.cat([t.reshape(-1) for pair in padded for t in (pair.A, pair.B)]))
-    shapes = {n: (p.A.shape, p.B.shape) for n, p in zip(sites, padded, strict=True)}
-    dtype = torch.float64 if rows[0].dtype == torch.float64 else torch.float32
-    scales = torch.tensor([[a.pairs[n].scale for n in sites] for a in adapters], dtype=torch.float64)
+        if own.keys() != names:
+            odd = sorted(own.keys() ^ names)[0].rpartition("/")[0]
+            raise AdapterMismatch(f"{odd}: adapted by some clients only; the cohort engine needs one set of modules")
+    first = next(t for t in tensors[0].values() if t.is_floating_point())
+    dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
+    shapes: dict[str, Shape] = {}
+    fixed: dict[str, Tensor] = {}
+    for name in names:
+        held = [own[name] for own in tensors]
+        if kind(name) == "positions":
+            if any(t is not held[0] and not torch.equal(t, held[0]) for t in held):
+                raise AdapterMismatch(f"{name}: clients change different positions; the cohort engine needs one mask")
+            fixed[name] = held[0].to(device)
+        elif kind(name) in frozen:
+            shared = held[:1] if all(t is held[0] for t in held) else held
+            fixed[name] = _padded(shared).to(device, dtype)
+        else:
+            shapes[name] = _widest(held)
+    rows = [torch.cat([_pad(own[name], shape).reshape(-1) for name, shape in shapes.items()]) for own in tensors]
+    sites = sorted({*adapters[0].pairs, *adapters[0].sparse})
+    scales = torch.tensor([[_scale(a, site) for site in sites] for a in adapters], dtype=torch.float64)
+    if bool((scales == scales[:1]).all()):
+        scales = scales[:1]
     flat = torch.stack(rows).to(device=device, dtype=dtype)
-    return _views(flat, scales.to(device), sites, shapes, [a.ranks for a in adapters], grad=grad)
-
-
-def _views(
-    flat: Tensor,
-    scales: Tensor,
-    sites: Sequence[str],
-    shapes: Mapping[str, tuple[Sequence[int], Sequence[int]]],
-    ranks: Sequence[Mapping[str, int]],
-    *,
-    grad: bool,
-) -> Stack:
     flat.grad = torch.zeros_like(flat) if grad else None
-    A: dict[str, Tensor] = {}
-    B: dict[str, Tensor] = {}
-    start = 0
-    for name in sites:
-        for factors, shape in zip((A, B), shapes[name], strict=True):
-            end = start + shape[0] * shape[1]
-            view = flat[:, start:end].view(len(flat), *shape)
-            if flat.grad is not None:
-                view = view.detach().requires_grad_()
-                view.grad = flat.grad[:, start:end].view(len(flat), *shape)
-            factors[name], start = view, end
-    return Stack(flat, scales, sites, A, B, ranks)
+    return Stack(flat, adapters, shapes, fixed, scales.to(device))
+
+
+def _scale(adapter: Adapter, site: str) -> float:
+    return adapter.pairs[site].scale if site in adapter.pairs else 1.0
+
+
+def _widest(tensors: Sequence[Tensor]) -> Shape:
+    return tuple(max(sizes) for sizes in zip(*(t.shape for t in tensors), strict=True))
+
+
+def _pad(tensor: Tensor, shape: Shape) -> Tensor:
+    if tensor.shape == shape:
+        return tensor
+    padded = tensor.new_zeros(shape)
+    padded[_corner(tensor.shape)] = tensor
+    return padded
+
+
+def _padded(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.stack([_pad(t, _widest(tensors)) for t in tensors])
+
+
+def _corner(shape: Sequence[int]) -> tuple[slice, ...]:
+    return tuple(slice(0, n) for n in shape)
+
+
+def _size(shape: Shape) -> int:
+    return int(torch.Size(shape).numel())
+
+
+def chains(side: Adapter, device: torch.device, dtype: torch.dtype) -> dict[str, list[Tensor]]:
+    """Return a frozen change of the base as chains of plain matrices by site: A and B, or one dense where smaller."""
+    made: dict[str, list[Tensor]] = {}
+    for site, pair in side.plain().pairs.items():
+        (r, d_in), d_out = pair.A.shape, pair.B.shape[0]
+        wide = [pair.delta()] if r * (d_in + d_out) >= d_in * d_out else [pair.A, pair.B.double() * pair.scale]
+        made[site] = [m.to(device=device, dtype=dtype) for m in wide]
+    return made
 
 
 @dataclass(slots=True)
@@ -123,6 +210,8 @@ class Selection:
     dropout: float = 0.0
     keys: RowKeys | None = None
     """Where this batch's dropout draws come from; needed where dropout > 0"""
+    side: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
+    """What the base has changed by, for every row alike (see `chains`)"""
 
 
 class _EachRow(torch.autograd.Function):
@@ -166,22 +255,30 @@ class Site(nn.Module):
         selection = self._switch[0].selection
         if selection is None:
             return y
+        if self.name in selection.side:
+            change = x
+            for matrix in selection.side[self.name]:
+                change = F.linear(change, matrix)
+            y = y + change
         return y + self._term(x, selection).view_as(y)
 
     def _term(self, x: Tensor, selection: Selection) -> Tensor:
-        stack, position = selection.stack, self.order
-        A, B, scale = stack.A[self.name], stack.B[self.name], stack.scales[:, position]
-        # scaled before it is narrowed: alpha / r itself may have no exact half-precision number
-        A, B = (A * scale.to(A.dtype)[:, None, None]).to(x.dtype), B.to(x.dtype)
-        if selection.keys is not None:
-            x = dropout(x, selection.dropout, selection.keys, position)
-        if len(stack) == 1:
-            return F.linear(F.linear(x, A[0]), B[0])
+        chain = selection.stack.chain(self.name, self.order)
+        if selection.keys is not None and len(chain) > 1:  # LoRA's dropout; a weight's own change has none
+            x = dropout(x, selection.dropout, selection.keys, self.order)
         index = selection.index
-        if len(index) != len(x):
+        if len(index) != len(x) and len(selection.stack) > 1:
             x = x.view(len(index), -1, x.shape[-1])  # families that flatten rows and tokens
-        low = torch.bmm(x, _each_row(A, index).transpose(1, 2))
-        return torch.bmm(low, _each_row(B, index).transpose(1, 2))
+        for matrices in chain:
+            x = _through(x, matrices.to(x.dtype), index)
+        return x
+
+
+def _through(x: Tensor, matrices: Tensor, index: Tensor) -> Tensor:
+    """Return each row of x through its client's matrix, or through the one that all share."""
+    if len(matrices) == 1:
+        return F.linear(x, matrices[0])
+    return torch.bmm(x, _each_row(matrices, index).transpose(1, 2))
 
 
 class CohortModel:

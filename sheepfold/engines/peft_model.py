@@ -5,7 +5,8 @@ rows, steps, learning rates, clipping and loss as there, written the ordinary wa
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,15 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sheepfold.adapter import Adapter
+from sheepfold.adapter import Adapter, kind
 from sheepfold.config import AdapterSettings, GenerationSettings, TrainSettings
 from sheepfold.data.rows import IGNORED, TokenRows
-from sheepfold.engines.carriers import carrier
-from sheepfold.engines.common import FIRST_LOSS_SCALE, Local, LocalEngine, Work, without_rows
+from sheepfold.engines.carriers import SideHooks, carrier
+from sheepfold.engines.common import FIRST_LOSS_SCALE, Local, LocalEngine, Work
 from sheepfold.local import optimizers
-from sheepfold.local.rules import LocalRule
+from sheepfold.local.rules import Factors, LocalRule
 from sheepfold.local.steps import lr_factor, step_rows
-from sheepfold.messages import Absence, Assignment, Update
 from sheepfold.metrics import Mean
 from sheepfold.rng import derive
 from sheepfold.state import BatchPlan
@@ -41,63 +41,68 @@ class PeftModelEngine(LocalEngine):
         *,
         seed: int,
         plan: BatchPlan,
-        rule: LocalRule | None = None,
+        beyond_peft: bool = False,
+        **client: Any,
     ) -> None:
         """Make an engine over clients' training rows, {client: row numbers}; `sites` are the modules that LoRA adapts.
 
-        The model is PEFT's from here on. Raises ConfigError for the optimizer, the method or its options.
+        beyond_peft: adapters may hold cores and sparse deltas, for which PEFT has no layers; `client`: see LocalEngine.
+        The model is the engine's from here on. Raises ConfigError for the optimizer, the method or its options.
         """
-        super().__init__(tokens, train_rows, train, elementwise=False, seed=seed, plan=plan, rule=rule)
-        self.carrier = carrier(model, sites, adapter, seed)
+        super().__init__(tokens, train_rows, train, elementwise=False, seed=seed, plan=plan, **client)
         first = next(model.parameters())
         self.device, self.half = first.device, first.dtype == torch.float16
+        self.side = SideHooks(model, sites)
+        self.carrier = carrier(model, sites, adapter, seed, beyond_peft=beyond_peft)
 
     def initial(self) -> Adapter:
         """Return the adapter as PEFT initialises it, from this run's seed."""
         return self.carrier.read()
 
-    def train(self, assignments: Sequence[Assignment]) -> Iterator[Update | Absence]:
-        """Yield every client's update, or why there is none, in the order of the assignments."""
-        for assignment in assignments:
-            client = self.local(assignment)
-            if not client.steps:
-                yield without_rows(assignment)
-                continue
-            seconds = self._train_one(client)
-            yield client.answer(self.carrier.read(), seconds)
+    def train_pass(self, clients: Sequence[Local], rule: LocalRule | None) -> None:
+        """Take these clients through their round, one after the other."""
+        for client in clients:
+            self._train_one(client, rule or LocalRule())
 
-    def _train_one(self, client: Local) -> dict[str, float]:
+    def _train_one(self, client: Local, rule: LocalRule) -> None:
         began = time.perf_counter()
-        self.carrier.write(client.assignment.adapter)
-        model = self.carrier.model
-        model.train()  # for the adapter's own dropout; the base's is silent
-        params = [p for p in model.parameters() if p.requires_grad]
-        start = [p.detach().clone() for p in params] if self.rule else []
-        optimizer = self.build(params, client.assignment.lr)
+        a = client.assignment
+        anchor = self._values(client.anchor) if rule.penalty else {}
+        self.carrier.write(client.start)
+        self.side.put(a.side)
+        params = self.carrier.factors()
+        for name, p in params.items():
+            p.requires_grad_(kind(name) not in a.frozen)
+        params = {name: p for name, p in params.items() if p.requires_grad}
+        job = _Job(client, params, rule, {name: anchor[name] for name in params if name in anchor})
+        if rule.correction:
+            job.correction = {n: t.to(params[n]) for n, t in rule.correction(a, client.own).items()}
+        self.carrier.model.train()  # for the adapter's own dropout; the base's is silent
+        optimizer = self.build(params.values(), a.lr)
         scale = FIRST_LOSS_SCALE if self.half else 1.0
         for step in range(client.steps):
-            scale = self._step(client, step, params, start, optimizer, scale)
+            scale = self._step(job, step, optimizer, scale)
             self.on_step(1)
-        model.eval()
+        self.carrier.model.eval()
+        self.side.put(Adapter())
+        client.adapter = self.carrier.read()
+        client.mean_gradient = {n: (g / max(1, client.good_steps)).cpu() for n, g in job.gradients.items()}
         # one figure: plain loops overlap nothing, and splitting it would need a synchronisation at every call
-        return {"train": time.perf_counter() - began}
+        client.seconds = {"train": time.perf_counter() - began}
 
-    def _step(
-        self,
-        client: Local,
-        step: int,
-        params: Sequence[Tensor],
-        start: Sequence[Tensor],
-        optimizer: torch.optim.Optimizer,
-        scale: float,
-    ) -> float:
+    def _values(self, adapter: Adapter) -> dict[str, Tensor]:
+        self.carrier.write(adapter)
+        return {name: p.detach().clone() for name, p in self.carrier.factors().items()}
+
+    def _step(self, job: "_Job", step: int, optimizer: torch.optim.Optimizer, scale: float) -> float:
         """Take one step; return the loss scale to go on with (float16)."""
-        a, settings = client.assignment, self.settings
+        client, settings = job.client, self.settings
+        a, params = client.assignment, list(job.params.values())
         rows = step_rows(self.seed, a.client, client.rows, settings.batch_rows, a.first_step + step)
         targets = int(self.targets[rows].sum())
         seed = derive(self.seed, "dropout", a.round, a.client, step)
         while True:
-            loss = self._gradients(rows, targets, params, start, seed, scale)
+            loss = self._gradients(job, rows, targets, seed, scale)
             norm = torch.linalg.vector_norm(torch.stack([p.grad.norm() for p in params if p.grad is not None]))
             if scale <= 1.0 or bool(torch.isfinite(norm)) or not np.isfinite(loss):
                 break
@@ -105,6 +110,7 @@ class PeftModelEngine(LocalEngine):
         good = bool(np.isfinite(loss)) and bool(torch.isfinite(norm))
         if settings.grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(params, settings.grad_norm)
+        job.correct(good=good)
         optimizer.param_groups[0]["lr"] = a.lr * lr_factor(settings, step, client.steps)
         whole = [torch.ones(p.shape[0] if p.dim() else (), dtype=torch.bool, device=p.device) for p in params]
         with optimizers.keeping(optimizer, params, None if good else whole):
@@ -112,11 +118,9 @@ class PeftModelEngine(LocalEngine):
         client.count(loss, targets, [self.tokens.length(n) for n in rows], good=good)
         return scale
 
-    def _gradients(
-        self, rows: np.ndarray, targets: int, params: Sequence[Tensor], start: Sequence[Tensor], seed: int, scale: float
-    ) -> float:
+    def _gradients(self, job: "_Job", rows: np.ndarray, targets: int, seed: int, scale: float) -> float:
         """Fill the gradients of a step and return its loss: the token mean over all its rows."""
-        for p in params:
+        for p in job.params.values():
             p.grad = torch.zeros_like(p)
         if not targets:
             return float("nan")
@@ -128,10 +132,9 @@ class PeftModelEngine(LocalEngine):
                 nats = self._losses(rows[first : first + self.plan.micro_rows]).sum() / targets
                 torch.autograd.backward(nats * scale)
                 total += float(nats.detach().double())
-        if self.rule is not None:
-            penalties = [self.rule(p[None], s[None]).sum() for p, s in zip(params, start, strict=True)]
-            torch.autograd.backward(torch.stack(penalties).sum() * scale)
-        for p in params:
+        if job.rule.penalty is not None and (penalty := job.rule.penalty(job.factors()).sum()).requires_grad:
+            torch.autograd.backward(penalty * scale)
+        for p in job.params.values():
             if scale != 1.0 and p.grad is not None:
                 p.grad.div_(scale)
         return total
@@ -186,3 +189,35 @@ class PeftModelEngine(LocalEngine):
 
     def close(self) -> None:
         """Nothing to put back: PEFT keeps the model."""
+
+
+@dataclass(slots=True)
+class _Job:
+    """One client's local training while it runs: what trains, under which rule."""
+
+    client: Local
+    params: Mapping[str, Tensor]
+    """flat name -> parameter, of what trains this round"""
+    rule: LocalRule
+    anchor: Mapping[str, Tensor]
+    correction: Mapping[str, Tensor] = field(default_factory=dict)
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+    """Sums over good steps, where the rule asks for their mean"""
+
+    def factors(self) -> Factors:
+        """Return what a penalty looks at, as a cohort of one."""
+        ranks = {n.removesuffix("/A"): torch.tensor([len(p)], device=p.device) for n, p in self._start("/A").items()}
+        now = {name: p[None] for name, p in self.params.items()}
+        return Factors(now, {name: t[None] for name, t in self.anchor.items()}, ranks)
+
+    def _start(self, ending: str) -> dict[str, Tensor]:
+        return {n: t for n, t in self.client.start.tensors().items() if n.endswith(ending)}
+
+    def correct(self, *, good: bool) -> None:
+        """Add up the clipped gradients of a good step, and correct them as the rule says."""
+        for name, p in self.params.items():
+            assert p.grad is not None
+            if self.rule.mean_gradient and good:
+                self.gradients[name] = self.gradients.get(name, torch.zeros_like(p.grad)) + p.grad
+            if name in self.correction:
+                p.grad.add_(self.correction[name])

@@ -1,25 +1,97 @@
-"""Strategies: one method a file, both halves: what clients minimise, and how the server folds."""
+"""Strategies: one method a file, both halves: what clients do, and how the server folds.
 
+`federation.strategy` names one, or a list of them, outermost first: those of AROUND change a method, and the last one
+says how updates fold. [fedprox, flexlora] is FlexLoRA with FedProx clients; fedadam alone is [fedadam, fedavg].
+"""
+
+import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
 
 from sheepfold.config import FederationSettings
-from sheepfold.errors import ConfigError
-from sheepfold.local.rules import LocalRule
-from sheepfold.plugins import resolve
+from sheepfold.errors import ConfigError, suggest
+from sheepfold.local.rules import LocalRule, together
+from sheepfold.plugins import find
 from sheepfold.strategies.base import Strategy
 from sheepfold.strategies.fedavg import fedavg, fedit
+from sheepfold.strategies.fedex import fedex
+from sheepfold.strategies.flexlora import flexlora
+from sheepfold.strategies.flora import flora
+from sheepfold.strategies.heterolora import heterolora
+from sheepfold.strategies.hetlora import hetlora
 
-STRATEGIES: Mapping[str, Callable[..., Strategy]] = {"fedavg": fedavg, "fedit": fedit}
+FOLDS: Mapping[str, Callable[..., Strategy]] = {
+    "fedavg": fedavg,
+    "fedit": fedit,
+    "flora": flora,
+    "fedex": fedex,
+    "flexlora": flexlora,
+    "hetlora": hetlora,
+    "heterolora": heterolora,
+}
+"""Methods by themselves: they take `weights`, where they weigh clients, and arguments of their own."""
+
+AROUND: Mapping[str, Callable[..., Strategy]] = {}
+"""Methods that change another one, their first argument."""
+
+KEY = "federation.strategy"
 
 
 def strategy(settings: FederationSettings, local: LocalRule | None = None) -> Strategy:
-    """Return the strategy of the settings, by name or `module:function`.
+    """Return the strategy of the settings, by name or `module:function`, with a further local rule where one is given.
 
-    It is called with `weights`, `local` and its own arguments. Raises ConfigError for unknown names and arguments.
+    Raises ConfigError for unknown names, arguments that no part takes or two parts take, and parts that do not go
+    together.
     """
-    arguments = {"weights": settings.weights, "local": local, **settings.strategy_args}
-    made = resolve(STRATEGIES, settings.strategy, "federation.strategy", arguments)
+    names = (settings.strategy,) if isinstance(settings.strategy, str) else settings.strategy
+    if names[-1] in AROUND:
+        names = (*names, "fedavg")
+    parts = [find({**FOLDS, **AROUND} if last else AROUND, name, KEY) for name, last in _places(names)]
+    arguments = _dealt(names, parts, settings)
+    made = _made(names[-1], parts[-1](**arguments[-1]))
+    for name, part, own in reversed(list(zip(names[:-1], parts[:-1], arguments[:-1], strict=True))):
+        made = _made(name, part(made, **own))
+    return replace(made, local=together(made.local, local) if made.local and local else made.local or local)
+
+
+def _places(names: tuple[str, ...]) -> list[tuple[str, bool]]:
+    for name in names[:-1]:
+        if name in FOLDS:
+            raise ConfigError(f"{KEY}: {name} says how updates fold, so it comes last; found {', '.join(names)}")
+    return [(name, i == len(names) - 1) for i, name in enumerate(names)]
+
+
+def _dealt(
+    names: tuple[str, ...], parts: list[Callable[..., Strategy]], settings: FederationSettings
+) -> list[dict[str, Any]]:
+    """Return each part's own arguments: every one of strategy_args goes to the part that takes it."""
+    taken = [list(inspect.signature(part).parameters)[0 if part is parts[-1] else 1 :] for part in parts]
+    dealt: list[dict[str, Any]] = [{} for _ in parts]
+    for name, value in settings.strategy_args.items():
+        homes = [i for i, own in enumerate(taken) if name in own and name != "weights"]
+        if len(homes) != 1:
+            known = sorted({n for own in taken for n in own if n != "weights"})
+            what = "taken by more than one of" if homes else "no argument of"
+            raise ConfigError(
+                f"{KEY}_args.{name}: {what} {', '.join(names)}; {suggest(name, known) if known else 'there are none'}"
+            )
+        dealt[homes[0]][name] = value
+    if settings.weights != "auto":
+        if "weights" not in taken[-1]:
+            raise ConfigError(f"federation.weights {settings.weights}: {names[-1]} has its own weights; set it to auto")
+        dealt[-1]["weights"] = settings.weights
+    elif (own := inspect.signature(parts[-1]).parameters.get("weights")) and own.default is own.empty:
+        dealt[-1]["weights"] = "rows"
+    for name, part, own in zip(names, parts, dealt, strict=True):
+        try:
+            inspect.signature(part).bind(*([None] if part is not parts[-1] else []), **own)
+        except TypeError as error:
+            raise ConfigError(f"{KEY} {name!r}: {error}; it takes {inspect.signature(part)}") from None
+    return dealt
+
+
+def _made(name: str, made: Any) -> Strategy:
     if not isinstance(made, Strategy):
-        kind = type(made).__name__
-        raise ConfigError(f"federation.strategy {settings.strategy}: returned a {kind}, expected a Strategy")
+        raise ConfigError(f"{KEY} {name}: returned a {type(made).__name__}, expected a Strategy")
     return made

@@ -6,43 +6,31 @@ Sources: FedAvg, arXiv:1602.05629, Algorithm 1; FedIT, arXiv:2305.05644, section
 """
 
 from collections.abc import Iterable
-from typing import Literal
+from dataclasses import replace
 
 from sheepfold.adapter import Average
 from sheepfold.config import Experiment
 from sheepfold.errors import ConfigError
-from sheepfold.local.rules import LocalRule
-from sheepfold.messages import Measurements, Update
+from sheepfold.messages import Update
 from sheepfold.state import ServerState
-from sheepfold.strategies.base import Strategy
-
-Weights = Literal["rows", "target_tokens", "processed_rows", "uniform"]
+from sheepfold.strategies.base import Strategy, Weights, weight, who
 
 
-def weight(measured: Measurements, weights: Weights) -> float:
-    """Return a client's weight in the fold, before the weights are made to sum to 1."""
-    if weights == "uniform":
-        return 1.0
-    return float(getattr(measured, weights))
-
-
-def fedavg(weights: Weights = "rows", local: LocalRule | None = None) -> Strategy:
+def fedavg(weights: Weights = "rows") -> Strategy:
     """Return FedAvg over the factors of equal-rank adapters, folded as updates arrive."""
 
     def fold(state: ServerState, updates: Iterable[Update]) -> ServerState:
         average = Average()
         for update in updates:
-            who = f"round {state.round + 1}, client {update.client!r}"
-            average.add(update.adapter, weight(update.measurements, weights), who)
+            average.add(update.adapter, weight(update.measurements, weights), who(state, update))
         return state.advance(average.finish())
 
-    return Strategy(name="fedavg", fold=fold, local=local)
+    return Strategy(name="fedavg", fold=fold, weights=weights)
 
 
-def fedit(weights: Weights = "rows", local: LocalRule | None = None) -> Strategy:
+def fedit(weights: Weights = "rows") -> Strategy:
     """Return FedIT: FedAvg with AdamW clients."""
-    base = fedavg(weights, local)
-    return Strategy(name="fedit", fold=base.fold, local=local, check=_adamw_clients)
+    return replace(fedavg(weights), name="fedit", check=_adamw_clients)
 
 
 def _adamw_clients(experiment: Experiment) -> None:
