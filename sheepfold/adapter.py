@@ -47,8 +47,11 @@ class LoraPair:
 
     def delta(self, dtype: torch.dtype = torch.float64) -> Tensor:
         """Return the dense update scale * B @ A, (d_out, d_in)."""
-        B = self.B.to(dtype) if self.core is None else self.B.to(dtype) @ self.core.to(dtype)
-        return self.scale * (B @ self.A.to(dtype))
+        A, B = self.A.to(dtype), self.B.to(dtype)
+        B = B if self.core is None else B @ self.core.to(dtype)
+        if _is_identity(A) or _is_identity(B):  # what `from_delta` made: its other factor is the update
+            return self.scale * (B if _is_identity(A) else A)
+        return self.scale * (B @ A)
 
     def norm(self) -> float:
         """Return the Frobenius norm of the update, from the factors alone.
@@ -58,6 +61,10 @@ class LoraPair:
         A, B = self.A.double(), self.B.double()
         B = B if self.core is None else B @ self.core.double()
         return abs(self.scale) * float(((B.T @ B) * (A @ A.T)).sum().clamp(min=0).sqrt())
+
+
+def _is_identity(t: Tensor) -> bool:
+    return t.shape[0] == t.shape[1] and torch.equal(t, torch.eye(len(t), dtype=t.dtype, device=t.device))
 
 
 @dataclass(frozen=True, slots=True)

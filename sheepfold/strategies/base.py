@@ -1,17 +1,21 @@
 """What a strategy is: who is handed what, what clients do besides descending their loss, and how updates fold."""
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from sheepfold.adapter import Adapter, Average, LoraPair, kind, pad, truncate
 from sheepfold.config import Experiment
 from sheepfold.errors import AdapterMismatch, ConfigError
 from sheepfold.local.rules import LocalRule
 from sheepfold.messages import Assignment, Measurements, Update
+from sheepfold.products import ProductSum
 from sheepfold.state import ServerState
 
 Weights = Literal["rows", "target_tokens", "processed_rows", "uniform"]
@@ -121,6 +125,21 @@ def factor_means(
     return average.finish().holding(kept)
 
 
+def product_sums(
+    state: ServerState, updates: Iterable[Update], weights: Weights, dtype: torch.dtype = torch.float32
+) -> tuple[dict[str, ProductSum], Mapping[str, Tensor]]:
+    """Return the weighted means of the clients' products, by module path, and those of their whole tensors."""
+    sums: defaultdict[str, ProductSum] = defaultdict(partial(ProductSum, dtype))
+    extra = Average()
+    for update in updates:
+        check_modules(state, update)
+        share, place = weight(update.measurements, weights), who(state, update)
+        extra.add(Adapter(extra=update.adapter.extra), share, place)
+        for name, pair in update.adapter.pairs.items():
+            sums[name].add(pair, share, f"{place}, {name}")
+    return sums, extra.finish().extra
+
+
 def argument(name: str, value: Any, expected: str, fits: Callable[[float], bool]) -> float:
     """Return a number of strategy_args; raise ConfigError with what was expected where it does not fit."""
     try:
@@ -132,9 +151,14 @@ def argument(name: str, value: Any, expected: str, fits: Callable[[float], bool]
     return number
 
 
+def parts_of(of: "Strategy") -> list[str]:
+    """Return the names of the methods that a strategy is made of, the one that folds last."""
+    return of.name.split(" + ")
+
+
 def not_together(name: str, of: "Strategy", why: str) -> ConfigError:
     """Return the error of a method that cannot go around another one, with the reason."""
-    return ConfigError(f"federation.strategy [{name}, {of.name.replace(' + ', ', ')}]: {why}")
+    return ConfigError(f"federation.strategy [{', '.join([name, *parts_of(of)])}]: {why}")
 
 
 def accept_all(experiment: Experiment) -> None:
@@ -175,5 +199,7 @@ class Strategy:
     averages: Literal["factors", "products"] = "factors"
     """What the fold takes means of. Server optimizers and control variates need factors that keep their coordinates
     from round to round."""
+    pairs_only: bool = False
+    """Whether it is about LoRA's A and B, so that adapter.method must be lora."""
     beyond_peft: bool = False
     """Whether it trains something that plain PEFT has no layer for (cores, sparse deltas)."""
