@@ -14,12 +14,20 @@ from sheepfold.errors import ConfigError, suggest
 from sheepfold.local.rules import LocalRule, together
 from sheepfold.plugins import find
 from sheepfold.strategies.base import Strategy
+from sheepfold.strategies.fed_sb import fed_sb
 from sheepfold.strategies.fedavg import fedavg, fedit
 from sheepfold.strategies.fedex import fedex
+from sheepfold.strategies.fedopt import fedadagrad, fedadam, fedavgm, fedopt, fedyogi
+from sheepfold.strategies.fedprox import fedprox
+from sheepfold.strategies.fedsa import fedsa
+from sheepfold.strategies.ffa_lora import ffa_lora
 from sheepfold.strategies.flexlora import flexlora
 from sheepfold.strategies.flora import flora
 from sheepfold.strategies.heterolora import heterolora
 from sheepfold.strategies.hetlora import hetlora
+from sheepfold.strategies.rolora import rolora
+from sheepfold.strategies.scaffold import scaffold
+from sheepfold.strategies.slora import slora
 
 FOLDS: Mapping[str, Callable[..., Strategy]] = {
     "fedavg": fedavg,
@@ -29,10 +37,23 @@ FOLDS: Mapping[str, Callable[..., Strategy]] = {
     "flexlora": flexlora,
     "hetlora": hetlora,
     "heterolora": heterolora,
+    "ffa_lora": ffa_lora,
+    "rolora": rolora,
+    "fedsa": fedsa,
+    "fed_sb": fed_sb,
 }
 """Methods by themselves: they take `weights`, where they weigh clients, and arguments of their own."""
 
-AROUND: Mapping[str, Callable[..., Strategy]] = {}
+AROUND: Mapping[str, Callable[..., Strategy]] = {
+    "fedprox": fedprox,
+    "scaffold": scaffold,
+    "fedopt": fedopt,
+    "fedavgm": fedavgm,
+    "fedadam": fedadam,
+    "fedyogi": fedyogi,
+    "fedadagrad": fedadagrad,
+    "slora": slora,
+}
 """Methods that change another one, their first argument."""
 
 KEY = "federation.strategy"
@@ -81,7 +102,7 @@ def _dealt(
         if "weights" not in taken[-1]:
             raise ConfigError(f"federation.weights {settings.weights}: {names[-1]} has its own weights; set it to auto")
         dealt[-1]["weights"] = settings.weights
-    elif (own := inspect.signature(parts[-1]).parameters.get("weights")) and own.default is own.empty:
+    elif (theirs := inspect.signature(parts[-1]).parameters.get("weights")) and theirs.default is theirs.empty:
         dealt[-1]["weights"] = "rows"
     for name, part, own in zip(names, parts, dealt, strict=True):
         try:
