@@ -23,7 +23,8 @@ from sheepfold.evaluation.text_metrics import Metric
 from sheepfold.evaluation.text_metrics import resolve as resolve_metric
 from sheepfold.local import optimizers, rules
 from sheepfold.local.store import ClientStore
-from sheepfold.models import Base, config_only, load_base, load_tokenizer
+from sheepfold.models import Base, Outline, config_only, load_base, load_tokenizer
+from sheepfold.rank_choice import may_mix
 from sheepfold.ranks import client_ranks, memory_need, mixed
 from sheepfold.sampler import UniformSampler, sampler
 from sheepfold.state import BatchPlan, ServerState, Setting
@@ -77,6 +78,16 @@ def check(experiment: Experiment) -> tuple[Strategy, dict[str, Metric]]:
     made = strategy(experiment.federation, local_rule(experiment))
     made.check(experiment)
     _check_personal(experiment, made)
+    if made.pairs_only and experiment.adapter.method != "lora":
+        raise ConfigError(
+            f"federation.strategy {made.name}: it is about LoRA's A and B, and adapter.method is "
+            f"{experiment.adapter.method!r}; fedavg, fedit, fedprox, scaffold and fedopt fold any adapter"
+        )
+    if may_mix(experiment.adapter.ranks) and not made.mixed_ranks:
+        raise ConfigError(
+            f"adapter.ranks: clients may differ, and federation.strategy {made.name} needs equal ranks; flora, "
+            "flexlora, hetlora and heterolora take mixed ones"
+        )
     optimizers.build(experiment.train, elementwise=experiment.train.engine == "cohort")
     metrics = {name: resolve_metric(name) for name in experiment.evaluation.metrics}
     if (key := experiment.stop.key) and key.removeprefix("loss.") not in KEYS:
@@ -136,11 +147,12 @@ def assemble(experiment: Experiment, plan: BatchPlan | None = None, clients: Pat
     for name, metric in metrics.items():
         _try(name, metric, data)
     start = read_start(experiment, outline.model)
+    ranks = clients_ranks(experiment, outline, list(data.clients))
     # the heavy part, when all else is known to be there
     base = load_base(experiment.model, experiment.device, tokenizer)
     train_rows = {name: rows.train for name, rows in data.clients.items()}
     sites = find_targets(base.model, experiment.adapter.targets) if experiment.adapter.method == "lora" else {}
-    setting = make_setting(experiment, made, list(data.clients), sites, base)
+    setting = make_setting(experiment, list(data.clients), ranks, sites)
     initial = first_adapter(experiment, sites, start, setting) if sites else None
     numbers = sum(t.numel() for t in initial.tensors().values()) if initial else 0
     plan = plan or planning.batch_plan(experiment.train, numbers, chosen.size, base.device)
@@ -152,38 +164,46 @@ def assemble(experiment: Experiment, plan: BatchPlan | None = None, clients: Pat
     return Parts(experiment, base, data, engine, chosen, made, metrics, initial, setting)
 
 
+def clients_ranks(experiment: Experiment, outline: Outline, clients: list[str]) -> dict[str, Mapping[str, int]]:
+    """Return every client's rank at every adapted module; nothing where adapters are no LoRA, or come from a folder.
+
+    Raises ConfigError for ranks that the modules, the clients or their memory cannot have.
+    """
+    if experiment.adapter.method != "lora" or experiment.adapter.start:
+        return {}
+    layers = find_targets(outline.model, experiment.adapter.targets)
+    shapes = {path: linear_shape(layer) for path, layer in layers.items()}
+    base_bytes = outline.parameters * outline.dtype.itemsize
+    room = partial(memory_need, shapes, base_bytes=base_bytes, activation_bytes=_activation_bytes(experiment, outline))
+    return client_ranks(experiment.adapter.ranks, experiment.adapter.rank, clients, shapes, experiment.seed, room)
+
+
 def make_setting(
-    experiment: Experiment, made: Strategy, clients: list[str], sites: Mapping[str, Any], base: Base
+    experiment: Experiment, clients: list[str], ranks: Mapping[str, Mapping[str, int]], sites: Mapping[str, Any]
 ) -> Setting:
-    """Return what all rounds have in common. Raises ConfigError for ranks that the strategy cannot fold."""
-    adapter, seed = experiment.adapter, experiment.seed
-    if not sites or adapter.start:
-        return Setting(seed, clients, alpha=adapter.alpha, weight=partial(_weight, sites))
-    shapes = {path: linear_shape(layer) for path, layer in sites.items()}
-    base_bytes = sum(p.numel() * p.element_size() for p in base.model.parameters())
-    room = partial(memory_need, shapes, base_bytes=base_bytes, activation_bytes=_activation_bytes(experiment, base))
-    ranks = client_ranks(adapter.ranks, adapter.rank, clients, shapes, seed, room)
-    widest = {path: max(own[path] for own in ranks.values()) for path in shapes}
-    if not mixed(ranks):
-        return Setting(seed, clients, {}, widest, adapter.alpha, partial(_weight, sites))
-    if not made.mixed_ranks:
-        raise ConfigError(
-            f"adapter.ranks: clients differ, and federation.strategy {made.name} needs equal ranks; flora, flexlora, "
-            "hetlora and heterolora take mixed ones"
-        )
-    return Setting(seed, clients, ranks, widest, adapter.alpha, partial(_weight, sites))
+    """Return what all rounds have in common."""
+    types = list({id(own): own for own in ranks.values()}.values())
+    widest = {path: max(own[path] for own in types) for path in types[0]} if types else {}
+    return Setting(
+        experiment.seed,
+        clients,
+        ranks if mixed(ranks) else {},
+        widest,
+        experiment.adapter.alpha,
+        partial(_weight, sites),
+    )
 
 
-def _activation_bytes(experiment: Experiment, base: Base) -> int:
+def _activation_bytes(experiment: Experiment, outline: Outline) -> int:
     """Return about what one client's forward pass keeps for its backward pass.
 
-    34 numbers a token, layer and unit of width, as a transformer block without recomputation keeps (Korthikanti et al.,
-    arXiv:2205.05198, eq. 1, without its attention maps, which sdpa does not keep).
+    34 bytes a token, layer and unit of width in half precision, as a transformer block without recomputation keeps
+    (Korthikanti et al., arXiv:2205.05198, eq. 2, without its attention maps, which sdpa does not keep).
     """
-    config: Any = base.model.config
+    config: Any = outline.model.config
     layers, width = int(config.num_hidden_layers), int(config.hidden_size)
     rows = experiment.train.micro_rows or experiment.train.batch_rows
-    return 34 * rows * experiment.data.max_tokens * layers * width * base.dtype.itemsize // 2
+    return 34 * rows * experiment.data.max_tokens * layers * width * outline.dtype.itemsize // 2
 
 
 def _weight(sites: Mapping[str, Any], path: str) -> Tensor:

@@ -74,7 +74,9 @@ class AdapterSettings(Section):
         if self.ranks is not None and self.start:
             raise ValueError("ranks has no effect with start, whose folder says the ranks; remove one of them")
         if self.ranks is not None and self.rank != 8:  # 8 may be a resolved file's: it has every default written out
-            raise ValueError(f"rank {self.rank} and ranks are both set; keep one of them")
+            raise ValueError(
+                f"rank {self.rank} and ranks are both set; keep one of them (rank=8, the default, counts as unset)"
+            )
         return self
 
 

@@ -1,17 +1,30 @@
 """`sheepfold plan`: what a run would do, from the data and the base's configuration alone. No weights, no GPU."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from sheepfold import planning
-from sheepfold.assembly import check, check_length, load_data, read_start
+from sheepfold.adapter import Adapter, kind, nbytes
+from sheepfold.assembly import (
+    check,
+    check_length,
+    clients_ranks,
+    first_adapter,
+    load_data,
+    make_setting,
+    private_names,
+    read_start,
+)
 from sheepfold.config import Experiment
 from sheepfold.local.steps import steps_in_round
-from sheepfold.models import config_only, load_tokenizer, pick_device
+from sheepfold.models import Outline, config_only, load_tokenizer, pick_device
+from sheepfold.ranks import adapter_numbers
 from sheepfold.sampler import sampler
-from sheepfold.state import BatchPlan
+from sheepfold.state import BatchPlan, ServerState
+from sheepfold.strategies.base import Strategy
 from sheepfold.targets import find_targets, linear_shape
 
 
@@ -33,8 +46,9 @@ class Forecast:
     tokens_in_all: int
     """Expected, with the clients' mean row length."""
     plan: BatchPlan
-    downlink_bytes_a_round: int
-    uplink_bytes_a_round: int
+    downlink_bytes: int | None
+    """Of round 1, over all sampled clients; None: not foreseen for this method"""
+    uplink_bytes: int | None
     base_bytes: int
     pass_bytes: int
     """Stacked adapters, gradients and moments of one pass."""
@@ -47,7 +61,7 @@ class Forecast:
 
 def forecast(experiment: Experiment) -> Forecast:
     """Return what a run of this experiment would do. Raises what the run itself would raise for its settings."""
-    check(experiment)
+    made, _ = check(experiment)
     outline = config_only(experiment.model, experiment.device)
     check_length(experiment, outline.max_positions)
     data = load_data(experiment, load_tokenizer(experiment.model))
@@ -58,9 +72,12 @@ def forecast(experiment: Experiment) -> Forecast:
     steps = np.array([steps_in_round(experiment.train, int(n)) if n else 0 for n in sizes])
     rows = np.minimum(steps * experiment.train.batch_rows, _rows_seen(experiment, sizes, steps))
     share = chosen.size / len(sizes) * experiment.federation.rounds
-    numbers, modules = _adapter_size(experiment, outline.model, outline.parameters)
+    ranks = clients_ranks(experiment, outline, list(data.clients))
+    setting = make_setting(experiment, list(data.clients), ranks, {})
+    numbers, modules = _adapter_size(experiment, outline, setting.widest)
     device = pick_device(experiment.device)
     plan = planning.batch_plan(experiment.train, numbers, chosen.size, device)
+    down, up = _traffic(experiment, made, outline, ServerState(0, Adapter(), plan, setting=setting), numbers)
     return Forecast(
         clients=len(sizes),
         cohort=chosen.size,
@@ -74,8 +91,8 @@ def forecast(experiment: Experiment) -> Forecast:
         rows_in_all=round(float(rows.sum()) * share),
         tokens_in_all=round(float((rows * mean_tokens).sum()) * share),
         plan=plan,
-        downlink_bytes_a_round=4 * numbers * chosen.size,
-        uplink_bytes_a_round=4 * numbers * chosen.size,
+        downlink_bytes=None if down is None else round(down * chosen.size),
+        uplink_bytes=None if up is None else round(up * chosen.size),
         base_bytes=outline.parameters * outline.dtype.itemsize,
         pass_bytes=planning.BYTES_PER_NUMBER * numbers * plan.clients_per_pass,
         device=str(device),
@@ -89,20 +106,53 @@ def _rows_seen(experiment: Experiment, sizes: np.ndarray, steps: np.ndarray) -> 
     return np.asarray(whole * sizes + np.minimum(rest * experiment.train.batch_rows, sizes))
 
 
-def _adapter_size(experiment: Experiment, model: Any, parameters: int) -> tuple[int, int]:
-    """Return how many numbers travel, and how many modules are adapted."""
+def _traffic(
+    experiment: Experiment, made: Strategy, outline: Outline, state: ServerState, numbers: int
+) -> tuple[float | None, float | None]:
+    """Return the bytes of a client's assignment and update in round 1, the mean over clients; None: not foreseen."""
+    if experiment.adapter.method != "lora":
+        return 4.0 * numbers, 4.0 * numbers
+    if made.beyond_peft:
+        return None, None  # its first rounds are made from the base's weights, which are not loaded here
+    sites = find_targets(outline.model, experiment.adapter.targets)
+    start = read_start(experiment, outline.model)
+    state = replace(state, adapter=first_adapter(experiment, sites, start, state.setting))
+    private, cache = private_names(experiment, made), dict[int, tuple[int, int]]()
+    each = []
+    for client in state.setting.clients:
+        kind_of_client = id(state.setting.ranks.get(client))
+        if kind_of_client not in cache:
+            handed = made.assign(state, client, 0.0)
+            up = {n: t for n, t in handed.adapter.tensors().items() if kind(n) not in handed.frozen and not private(n)}
+            cache[kind_of_client] = handed.nbytes, nbytes(up)
+        each.append(cache[kind_of_client])
+    down, up_ = np.array(each).mean(0)
+    return float(down), float(up_)
+
+
+def _adapter_size(experiment: Experiment, outline: Outline, widest: Mapping[str, int]) -> tuple[int, int]:
+    """Return how many numbers the global adapter has, and how many modules are adapted."""
+    model: Any = outline.model
     start = read_start(experiment, model)
     if start is not None:
         return sum(t.numel() for t in start.tensors().values()), len(start.pairs)
     if experiment.adapter.method == "lora":
-        shapes = [linear_shape(layer) for layer in find_targets(model, experiment.adapter.targets).values()]
-        return sum(experiment.adapter.rank * (d_in + d_out) for d_in, d_out in shapes), len(shapes)
+        sites = find_targets(model, experiment.adapter.targets)
+        return adapter_numbers({path: linear_shape(layer) for path, layer in sites.items()}, widest), len(sites)
     if experiment.adapter.method == "full":
-        return parameters, len(list(model.parameters()))
+        return outline.parameters, len(list(model.parameters()))
     from sheepfold.engines.carriers import carrier
 
     trained = [p for p in carrier(model, [], experiment.adapter, experiment.seed).model.parameters() if p.requires_grad]
     return sum(p.numel() for p in trained), len(trained)
+
+
+def _shown(f: Forecast) -> str:
+    from sheepfold.display import size
+
+    if f.downlink_bytes is None or f.uplink_bytes is None:
+        return "not foreseen for this method; the journal counts it"
+    return f"{size(f.downlink_bytes)} down and {size(f.uplink_bytes)} up in round 1"
 
 
 def show(foreseen: Forecast) -> None:
@@ -130,7 +180,7 @@ def show(foreseen: Forecast) -> None:
             "memory",
             f"{size(f.base_bytes + f.pass_bytes)} for base and stacked adapters, and one pass's activations",
         ),
-        ("traffic", f"{size(f.downlink_bytes_a_round)} down and {size(f.uplink_bytes_a_round)} up a round"),
+        ("traffic", _shown(f)),
     ):
         view.add_row(name, value)
     console().print(view)

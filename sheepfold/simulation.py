@@ -39,8 +39,8 @@ class Outcome:
 
     @property
     def adapter(self) -> Adapter:
-        """The global adapter after the last round."""
-        return self.state.adapter
+        """All that was learned, as one adapter on the base (see ServerState.whole)."""
+        return self.state.whole()
 
 
 EMPTY_ROUNDS = 3

@@ -74,7 +74,7 @@ def test_plan_foresees_what_the_run_then_does(capsys, file, tmp_path):
     did = [c for line in lines for c in line["clients"].values()]
     assert foreseen["rows_in_all"] == sum(c["processed_rows"] for c in did)
     assert foreseen["steps_a_round"] == sum(c["steps"] for c in lines[0]["clients"].values())
-    assert foreseen["uplink_bytes_a_round"] == lines[0]["uplink_bytes"]
+    assert foreseen["uplink_bytes"] == lines[0]["uplink_bytes"]
     tokens = sum(c["processed_tokens"] for c in did)
     assert foreseen["tokens_in_all"] == pytest.approx(tokens, rel=0.25)
     state = json.loads(json.dumps(foreseen["plan"]))

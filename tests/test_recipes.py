@@ -25,7 +25,23 @@ ALL_SMALL = {
 }
 """What makes any recipe small; the method, the partition and the template stay."""
 
+FLEXLORA = {
+    "data.path": "natural_instructions_1613",
+    "data.rows": 120,
+    "data.subsample": 1,
+    "federation.fraction": 0.5,
+    "evaluation.metrics": "[]",
+}
+TYPES = {"adapter.ranks": "{distribution: normal, types: [2, {attention: 8, mlp: 8}, {attention: 8, mlp: 32}, 32]}"}
+"""FlexLoRA's types, scaled to the built-in base."""
+
 SMALL = {
+    "flexlora-fedavg-homo": FLEXLORA,
+    "flexlora-fedit": FLEXLORA,
+    "flexlora-heterolora-normal": FLEXLORA | TYPES,
+    "flexlora-normal": FLEXLORA | TYPES,
+    "flexlora-slora-normal": FLEXLORA | TYPES | {"federation.strategy_args.stage_rounds": 1},
+    "flexlora-slora-homo": FLEXLORA | {"federation.strategy_args.stage_rounds": 1},
     "demo": {"data.rows": 240, "data.partition.holdout_per_category": 2, "baselines": "[]", "evaluation.metrics": "[]"},
     "fs-llm-dolly-lda": {"data.path": "dolly/train.jsonl.gz", "data.rows": 200},
     "fs-llm-dolly-meta": {"data.path": "dolly/train.jsonl.gz", "data.rows": 200},
@@ -36,6 +52,7 @@ SMALL = {
 """Recipe -> further options; a data.path is one of the shared folder's."""
 
 CLIENTS = {
+    **{name: 10 for name in RECIPES if name.startswith("flexlora-")},
     "demo": 10,
     "fs-llm-code-search-net": 6,
     "fs-llm-dolly-lda": 3,
@@ -85,7 +102,7 @@ def run_small(name: str, tmp_path: Path, **options: object) -> simulation.Outcom
     lines = [json.loads(line) for line in (outcome.folder / "rounds.jsonl").read_text().splitlines()]
     facts = json.loads((outcome.folder / "data.json").read_text())
     assert [line["round"] for line in lines if "round" in line] == [0, 1, 2]
-    assert lines[-1]["adapter"] == outcome.adapter.hash() != lines[0]["adapter"]
+    assert lines[-1]["adapter"] == outcome.state.hash() != lines[0]["adapter"]
     assert all(line["held_out"]["loss"] for line in lines)
     assert len(facts["clients"]) == CLIENTS[name]
     assert (outcome.folder / "adapter" / "adapter_config.json").is_file()

@@ -7,7 +7,7 @@ every engine.
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -124,8 +124,3 @@ def finished(rule: LocalRule | None, assignment: Assignment, trained: Trained) -
     if rule is None or rule.finish is None:
         return trained
     return rule.finish(assignment, trained)
-
-
-def without_correction(rule: LocalRule | None) -> LocalRule | None:
-    """Return the rule's penalty alone."""
-    return replace(rule, correction=None, mean_gradient=False, finish=None) if rule else None

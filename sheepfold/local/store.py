@@ -43,7 +43,8 @@ class ClientStore:
         try:
             return dict(load(kept[-1].read_bytes()))
         except (SafetensorError, OSError, ValueError) as error:
-            raise CheckpointError(f"{kept[-1]}: damaged ({error}); resume from a round before {round}") from None
+            before = _round(kept[-1])
+            raise CheckpointError(f"{kept[-1]}: damaged ({error}); resume from a round before {before}") from None
 
     def put(self, client: str, round: int, tensors: Mapping[str, Tensor]) -> None:
         """Keep a client's tensors as of `round` completed rounds. Raises CheckpointError where the disk refuses."""
@@ -86,7 +87,7 @@ class ClientStore:
 def folder_name(client: str) -> str:
     """Return a client's name as a folder can have it."""
     name = quote(client, safe="")
-    if len(name) > LONGEST_NAME or name in (".", ".."):
+    if len(name) > LONGEST_NAME or name in ("", ".", ".."):
         return f"{name[:LONGEST_NAME]}~{hashlib.blake2b(client.encode(), digest_size=8).hexdigest()}"
     return name
 
