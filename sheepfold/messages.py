@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from sheepfold.adapter import Adapter, kind, nbytes
+from sheepfold.adapter import Adapter, LoraPair, kind, nbytes
 from sheepfold.metrics import Mean
 
 
@@ -35,7 +35,13 @@ class Assignment:
     def nbytes(self) -> int:
         """Bytes that this assignment takes on the wire, downwards."""
         sent = {name: t for name, t in self.adapter.tensors().items() if kind(name) not in self.known}
-        return nbytes(sent) + self.side.nbytes() + nbytes(self.memory)
+        side = sum(min(nbytes({"A": p.A, "B": p.B}), _dense_bytes(p)) for p in self.side.pairs.values())
+        return nbytes(sent) + side + nbytes(self.memory)
+
+
+def _dense_bytes(pair: LoraPair) -> int:
+    """Return the bytes of a pair's product: a side whose factors are larger travels so."""
+    return pair.B.shape[0] * pair.A.shape[1] * pair.A.element_size()
 
 
 @dataclass(frozen=True, slots=True)

@@ -84,7 +84,7 @@ class LocalEngine:
         steps = steps_in_round(self.settings, len(rows)) if len(rows) else 0
         own = self.store.get(assignment.client, assignment.round)
         start = with_own(assignment.adapter, own, OWN)
-        return Local(assignment, start, assignment.adapter, own, rows, int(self.targets[rows].sum()), steps)
+        return Local(assignment, start, start, own, rows, int(self.targets[rows].sum()), steps)
 
     def _pass(self, clients: Sequence["Local"], rule: LocalRule | None) -> None:
         ready = sorted((c for c in clients if c.steps), key=lambda c: -c.steps)
@@ -127,7 +127,7 @@ class Local:
     start: Adapter
     """Where it starts: what it was handed, with its own tensors in it."""
     anchor: Adapter
-    """What its local rule's penalty looks back at."""
+    """What its local rule's penalty looks back at: its start, but for Ditto's own adapters the one it was handed."""
     own: Mapping[str, Tensor]
     """What it kept from earlier rounds."""
     rows: np.ndarray
@@ -149,7 +149,7 @@ class Local:
     """Its share of its pass, by stage."""
 
     def twin(self, start: Adapter) -> "Local":
-        """Return the same client, about to train on the same rows from another start."""
+        """Return the same client, about to train its own adapter on the same rows, near the one it was handed."""
         a = self.assignment
         return Local(a, start, a.adapter, self.own, self.rows, self.target_tokens, self.steps)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sheepfold.adapter import Adapter, kind
 from sheepfold.config import TrainSettings
+from sheepfold.local.rules import Factors, LocalRule
 from sheepfold.local.steps import step_rows
 from sheepfold.messages import Assignment
 from sheepfold.state import BatchPlan, ServerState, Setting
@@ -18,7 +19,7 @@ from sheepfold.strategies.base import Strategy
 from sheepfold.strategies.fed_sb import fed_sb
 from sheepfold.strategies.fedavg import fedavg
 from sheepfold.strategies.fedprox import fedprox
-from sheepfold.strategies.fedsa import fedsa
+from sheepfold.strategies.fedsa import fedsa, is_B
 from sheepfold.strategies.ffa_lora import ffa_lora
 from sheepfold.strategies.rolora import rolora
 from sheepfold.strategies.scaffold import VARIATE, scaffold
@@ -236,3 +237,23 @@ def test_fedsa_clients_go_on_with_a_B_of_their_own(base):
             assert all(torch.equal(update.adapter.tensors()[n], first.adapter.tensors()[n]) for n in update.unsent)
             own[client] = {n: t for n, t in learned.items() if method.private(n)}
         state = after
+
+
+def test_a_penalty_looks_back_at_what_the_client_itself_started_from(base):
+    starts: list[Tensors] = []
+
+    def watching(factors: Factors) -> Tensor:
+        starts.append({name: t.detach().clone() for name, t in factors.start.items()})
+        return torch.stack([t.flatten(1).sum(1) for t in factors.now.values()]).sum(0)
+
+    engine = small.cohort_engine(
+        base, SGD, rule=LocalRule(penalty=watching), private=is_B, seed=SEED, tokens=TOKENS
+    )  # fmt: skip
+    state = a_state(base)
+    list(engine.train([Assignment("ann", 0, state.adapter, 0.05)]))
+    kept = engine.store.get("ann", 1)
+    starts.clear()
+    list(engine.train([Assignment("ann", 1, state.adapter, 0.05)]))
+    B = next(name for name in starts[0] if is_B(name))
+    assert torch.equal(starts[0][B][0], kept[f"own/{B}"])
+    assert not torch.equal(starts[0][B][0], state.adapter.tensors()[B])
