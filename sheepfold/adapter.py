@@ -142,6 +142,12 @@ class Adapter:
         """Return the bytes of all tensors, as they are stored."""
         return nbytes(self.tensors())
 
+    @property
+    def numbers_in_training(self) -> int:
+        """How many numbers a client needs memory for; a sparse delta is made dense on its way through the base."""
+        floats = sum(t.numel() for t in self.tensors().values() if t.is_floating_point())
+        return floats + sum(d.shape[0] * d.shape[1] // 2 for d in self.sparse.values())
+
     def hash(self) -> str:
         """Return a SHA-256 over names, scales, shapes, dtypes and bits: equal hashes mean equal adapters."""
         digest = hashlib.sha256()

@@ -1,17 +1,15 @@
 """From an experiment to its parts: base, data, engine, sampler, strategy. Cheap checks come before heavy loading."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from sheepfold import planning
-from sheepfold.adapter import Adapter, kind
+from sheepfold.adapter import Adapter
 from sheepfold.config import Experiment
 from sheepfold.data.rows import FederatedData
 from sheepfold.engines.cohort import CohortEngine
@@ -22,8 +20,8 @@ from sheepfold.evaluation.held_out import KEYS
 from sheepfold.evaluation.text_metrics import Metric
 from sheepfold.evaluation.text_metrics import resolve as resolve_metric
 from sheepfold.local import optimizers, rules
-from sheepfold.local.store import ClientStore
 from sheepfold.models import Base, Outline, config_only, load_base, load_tokenizer
+from sheepfold.personal import check_patterns, check_personal, keeping_local
 from sheepfold.rank_choice import may_mix
 from sheepfold.ranks import client_ranks, memory_need, mixed
 from sheepfold.sampler import UniformSampler, sampler
@@ -48,11 +46,17 @@ class Parts:
     metrics: Mapping[str, Metric]
     initial: Adapter
     """The fresh adapter, at each module's largest rank"""
-    setting: Setting
+    first: ServerState
+    """The state before round 1"""
 
     def start(self) -> ServerState:
         """Return the state before round 1."""
-        return self.strategy.begin(ServerState(0, self.initial, self.engine.plan, setting=self.setting))
+        return replace(self.first, plan=self.engine.plan)
+
+    @property
+    def setting(self) -> Setting:
+        """What all rounds have in common."""
+        return self.first.setting
 
     def alone(self, client: str) -> Adapter:
         """Return what a client starts from that trains by itself: the fresh adapter at its own ranks."""
@@ -77,7 +81,8 @@ def check(experiment: Experiment) -> tuple[Strategy, dict[str, Metric]]:
     """
     made = strategy(experiment.federation, local_rule(experiment))
     made.check(experiment)
-    _check_personal(experiment, made)
+    made = keeping_local(made, experiment)
+    check_personal(experiment, made)
     if made.pairs_only and experiment.adapter.method != "lora":
         raise ConfigError(
             f"federation.strategy {made.name}: it is about LoRA's A and B, and adapter.method is "
@@ -93,20 +98,6 @@ def check(experiment: Experiment) -> tuple[Strategy, dict[str, Metric]]:
     if (key := experiment.stop.key) and key.removeprefix("loss.") not in KEYS:
         raise ConfigError(f"stop.key {key!r}: known: {', '.join(f'loss.{k}' for k in KEYS)}")
     return made, metrics
-
-
-def _check_personal(experiment: Experiment, made: Strategy) -> None:
-    personal = experiment.personal
-    if personal.ditto and (made.averages == "products" or made.beyond_peft):
-        raise ConfigError(
-            f"personal.ditto with federation.strategy {made.name}: its factors change their coordinates from round to "
-            "round, so nearness to them means nothing; use fedavg, fedex or another that averages factors"
-        )
-    if personal.keep_local and made.beyond_peft:
-        raise ConfigError(
-            f"personal.keep_local with federation.strategy {made.name}: it trains something else than pairs in some "
-            "rounds, which cannot stay behind; use another strategy"
-        )
 
 
 def _try(name: str, metric: Metric, data: FederatedData) -> None:
@@ -131,10 +122,8 @@ def local_rule(experiment: Experiment) -> rules.LocalRule | None:
     return rules.local_rule(train.local_rule, train.local_rule_args) if train.local_rule else None
 
 
-def assemble(experiment: Experiment, plan: BatchPlan | None = None, clients: Path | None = None) -> Parts:
+def assemble(experiment: Experiment, plan: BatchPlan | None = None) -> Parts:
     """Return the parts of an experiment; `plan` is a resumed run's, else it follows from the machine.
-
-    clients is the folder for what clients keep from round to round (None: a temporary one).
 
     Raises ConfigError, DataError, ModelError or AdapterMismatch, each with its one line.
     """
@@ -152,16 +141,17 @@ def assemble(experiment: Experiment, plan: BatchPlan | None = None, clients: Pat
     base = load_base(experiment.model, experiment.device, tokenizer)
     train_rows = {name: rows.train for name, rows in data.clients.items()}
     sites = find_targets(base.model, experiment.adapter.targets) if experiment.adapter.method == "lora" else {}
-    setting = make_setting(experiment, list(data.clients), ranks, sites)
-    initial = first_adapter(experiment, sites, start, setting) if sites else None
-    numbers = sum(t.numel() for t in initial.tensors().values()) if initial else 0
-    plan = plan or planning.batch_plan(experiment.train, numbers, chosen.size, base.device)
-    engine = make_engine(experiment, base, data, sites, train_rows, plan, made, ClientStore(clients))
-    if initial is None:
-        assert isinstance(engine, PeftModelEngine)
+    setting = make_setting(experiment, list(data.clients), ranks, sites, start, made)
+    engine = make_engine(experiment, base, data, sites, train_rows, made)
+    if isinstance(engine, PeftModelEngine) and not sites:
         initial = engine.initial()
+    else:
+        initial = first_adapter(experiment, sites, start, setting)
     check_patterns(experiment, initial)
-    return Parts(experiment, base, data, engine, chosen, made, metrics, initial, setting)
+    first = made.begin(ServerState(0, initial, engine.plan, setting=setting))
+    numbers = first.adapter.numbers_in_training
+    engine.plan = plan or planning.batch_plan(experiment.train, numbers, chosen.size, base.device)
+    return Parts(experiment, base, data, engine, chosen, made, metrics, initial, first)
 
 
 def clients_ranks(experiment: Experiment, outline: Outline, clients: list[str]) -> dict[str, Mapping[str, int]]:
@@ -179,7 +169,12 @@ def clients_ranks(experiment: Experiment, outline: Outline, clients: list[str]) 
 
 
 def make_setting(
-    experiment: Experiment, clients: list[str], ranks: Mapping[str, Mapping[str, int]], sites: Mapping[str, Any]
+    experiment: Experiment,
+    clients: list[str],
+    ranks: Mapping[str, Mapping[str, int]],
+    sites: Mapping[str, Any],
+    start: Adapter | None,
+    made: Strategy,
 ) -> Setting:
     """Return what all rounds have in common."""
     types = list({id(own): own for own in ranks.values()}.values())
@@ -189,9 +184,20 @@ def make_setting(
         clients,
         ranks if mixed(ranks) else {},
         widest,
-        experiment.adapter.alpha,
+        experiment.adapter.alpha if start is None else _alpha(experiment, start, made),
         partial(_weight, sites),
     )
+
+
+def _alpha(experiment: Experiment, start: Adapter, made: Strategy) -> float:
+    """Return the alpha of a folder's adapter; raises ConfigError where it has several and the strategy needs one."""
+    found = {round(pair.scale * pair.rank, 9) for pair in start.pairs.values()}
+    if len(found) > 1 and made.mixed_ranks:
+        raise ConfigError(
+            f"adapter.start {experiment.adapter.start}: its modules have several alphas ({sorted(found)}), and "
+            f"federation.strategy {made.name} scales all by one; fedavg goes on from any adapter"
+        )
+    return min(found)
 
 
 def _activation_bytes(experiment: Experiment, outline: Outline) -> int:
@@ -217,50 +223,22 @@ def at_ranks(adapter: Adapter, ranks: Mapping[str, int], alpha: float) -> Adapte
     return Adapter({path: cut(pair, ranks[path], alpha / ranks[path]) for path, pair in adapter.pairs.items()})
 
 
-def check_patterns(experiment: Experiment, initial: Adapter) -> None:
-    """Raise ConfigError for a keep_local pattern that keeps nothing."""
-    paths = {name.rpartition("/")[0] for name in initial.tensors()}
-    for pattern in experiment.personal.keep_local:
-        if not any(_matches(path, pattern) for path in paths):
-            raise ConfigError(
-                f"personal.keep_local {pattern!r}: matches no adapted module; they are called like {min(paths)}"
-            )
-
-
-def _matches(path: str, pattern: str) -> bool:
-    """Return whether a pattern names a module, or something that holds it: 'layers.3' names all of that layer."""
-    return any(fnmatchcase(f".{path}.", f"*.{pattern}{rest}.") for rest in ("", ".*"))
-
-
-def private_names(experiment: Experiment, made: Strategy) -> Callable[[str], bool]:
-    """Return which tensors, by flat name, stay with their client: the strategy's, and those of keep_local."""
-    patterns = experiment.personal.keep_local
-
-    def private(name: str) -> bool:
-        path = name.rpartition("/")[0]
-        kept = any(_matches(path, pattern) for pattern in patterns)
-        return made.private(name) or (kept and kind(name) != "positions")
-
-    return private
-
-
 def make_engine(
     experiment: Experiment,
     base: Base,
     data: FederatedData,
     sites: Mapping[str, Any],
     train_rows: Mapping[str, np.ndarray],
-    plan: BatchPlan,
     made: Strategy,
-    store: ClientStore,
 ) -> AnyEngine:
-    """Return the engine that the experiment asks for."""
+    """Return the engine that the experiment asks for, one client at a time until it gets its plan."""
     train, adapter = experiment.train, experiment.adapter
     model: Any = base.model
     if train.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    common: dict[str, Any] = {"seed": experiment.seed, "plan": plan, "rule": made.local, "store": store}
-    common |= {"private": private_names(experiment, made), "ditto": experiment.personal.ditto}
+    plan = planning.batch_plan(train, 0, 1, base.device)
+    common: dict[str, Any] = {"seed": experiment.seed, "plan": plan, "rule": made.local}
+    common |= {"private": made.private, "ditto": experiment.personal.ditto}
     if train.engine == "cohort":
         cohort = CohortModel(model, sites)
         return CohortEngine(cohort, data.tokens, train_rows, train, adapter, **common)

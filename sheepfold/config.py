@@ -244,6 +244,14 @@ class PersonalSettings(Section):
     finetune_steps: Positive | None = None
     """After the last round every client trains the global adapter this many steps further on its own rows."""
 
+    @model_validator(mode="after")
+    def _one_last_word(self) -> Self:
+        if self.ditto and self.finetune_steps:
+            raise ValueError(
+                "ditto has no effect with finetune_steps, which makes adapters of its own; keep one of them"
+            )
+        return self
+
     @property
     def wanted(self) -> bool:
         """Whether clients end with adapters of their own."""

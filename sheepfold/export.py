@@ -119,7 +119,11 @@ def _own_adapter(run: "RunFolder", client: str) -> Adapter:
         known = [unquote(path.name) for path in run.personal.glob("*")]
         raise CheckpointError(
             f"{run.path}: client {client!r} has no adapter of its own; "
-            + (suggest(client, known) if known else "none has: see `personal` in the experiment file")
+            + (suggest(client, known) if known else "nobody has one beside the global one (see `personal`)")
+        )
+    if not (folder / "adapter_config.json").is_file() or run.experiment().adapter.method != "lora":
+        raise CheckpointError(
+            f"{folder}: is already what plain PEFT and transformers load; --client exports LoRA alone"
         )
     return peft_io.read_peft(str(folder))
 

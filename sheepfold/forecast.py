@@ -15,7 +15,6 @@ from sheepfold.assembly import (
     first_adapter,
     load_data,
     make_setting,
-    private_names,
     read_start,
 )
 from sheepfold.config import Experiment
@@ -73,7 +72,8 @@ def forecast(experiment: Experiment) -> Forecast:
     rows = np.minimum(steps * experiment.train.batch_rows, _rows_seen(experiment, sizes, steps))
     share = chosen.size / len(sizes) * experiment.federation.rounds
     ranks = clients_ranks(experiment, outline, list(data.clients))
-    setting = make_setting(experiment, list(data.clients), ranks, {})
+    start = read_start(experiment, outline.model)
+    setting = make_setting(experiment, list(data.clients), ranks, {}, start, made)
     numbers, modules = _adapter_size(experiment, outline, setting.widest)
     device = pick_device(experiment.device)
     plan = planning.batch_plan(experiment.train, numbers, chosen.size, device)
@@ -117,13 +117,17 @@ def _traffic(
     sites = find_targets(outline.model, experiment.adapter.targets)
     start = read_start(experiment, outline.model)
     state = replace(state, adapter=first_adapter(experiment, sites, start, state.setting))
-    private, cache = private_names(experiment, made), dict[int, tuple[int, int]]()
+    cache = dict[int, tuple[int, int]]()
     each = []
     for client in state.setting.clients:
         kind_of_client = id(state.setting.ranks.get(client))
         if kind_of_client not in cache:
             handed = made.assign(state, client, 0.0)
-            up = {n: t for n, t in handed.adapter.tensors().items() if kind(n) not in handed.frozen and not private(n)}
+            up = {
+                n: t
+                for n, t in handed.adapter.tensors().items()
+                if kind(n) not in handed.frozen and not made.private(n)
+            }
             cache[kind_of_client] = handed.nbytes, nbytes(up)
         each.append(cache[kind_of_client])
     down, up_ = np.array(each).mean(0)

@@ -18,8 +18,6 @@ from sheepfold.metrics import Mean
 from sheepfold.rng import stream
 from sheepfold.state import ServerState
 
-TUNED = "tuned/"
-"""How a client's store names what it fine-tuned after the last round."""
 EVERYONE = "everyone"
 """The one client of the centralised baseline."""
 
@@ -92,14 +90,14 @@ def train_centrally(parts: Parts, state: ServerState, lr: Callable[[int], float]
     return adapter
 
 
-def fine_tune(parts: Parts, state: ServerState, lr: float, steps: int) -> None:
-    """Train every client's adapter further on its own rows, and put the result into its store.
+def fine_tune(parts: Parts, state: ServerState, lr: float, steps: int) -> ClientStore:
+    """Train every client's adapter further on its own rows; return the results, in a store that lives as long as it.
 
     A client without rows, or without a good step, keeps what it had.
     """
     train = parts.experiment.train.model_copy(update={"steps": steps, "epochs": None})
     engine = _plain(parts.engine, train=train)
-    store = parts.engine.store
+    store, tuned = parts.engine.store, ClientStore()
     clients = list(parts.data.clients)
     for first in range(0, len(clients), parts.engine.plan.clients_per_pass):
         work = []
@@ -108,21 +106,31 @@ def fine_tune(parts: Parts, state: ServerState, lr: float, steps: int) -> None:
             work.append(replace(assigned, adapter=with_own(assigned.adapter, store.get(client, state.round), OWN)))
         for answer in engine.train(work):
             if isinstance(answer, Update):
-                tuned = {TUNED + name: t for name, t in answer.adapter.tensors().items()}
-                store.put(answer.client, state.round, store.get(answer.client, state.round) | tuned)
+                tuned.put(answer.client, state.round, answer.adapter.tensors())
+    return tuned
 
 
-def personal(parts: Parts, state: ServerState, client: str) -> Adapter:
-    """Return what a client goes home with: the global adapter at its ranks, with what it has of its own in it."""
+def personal(
+    parts: Parts, state: ServerState, client: str, kind: str = OWN, tuned: ClientStore | None = None
+) -> Adapter:
+    """Return the global adapter at a client's ranks, with what it has of its own in it.
+
+    kind: OWN or DITTO, which of its own tensors count; where it is in `tuned`, that is all.
+    """
     handed = parts.strategy.assign(state, client, 0.0)
-    own = parts.engine.store.get(client, state.round)
-    for prefix in (OWN, DITTO, TUNED):  # the last one that it has says all
-        handed = replace(handed, adapter=with_own(handed.adapter, own, prefix))
-    return combined(handed.side, handed.adapter)
+    adapter = with_own(handed.adapter, parts.engine.store.get(client, state.round), kind)
+    if tuned is not None:
+        adapter = adapter.holding(tuned.get(client, state.round))
+    return combined(handed.side, adapter)
+
+
+def going_home(parts: Parts, state: ServerState, tuned: ClientStore | None, client: str) -> Adapter:
+    """Return what a client goes home with at the end of a run."""
+    return personal(parts, state, client, DITTO if parts.experiment.personal.ditto else OWN, tuned)
 
 
 def held_out_each(parts: Parts, state: ServerState, asked: Sequence[tuple[str, np.ndarray]]) -> list[Mean]:
-    """Return each client's held-out loss with its own adapter; as many adapters at a time as a pass has clients."""
+    """Return each client's held-out loss with what it kept during the run; a pass's number of adapters at a time."""
     means: list[Mean] = []
     size = max(8, parts.engine.plan.clients_per_pass)
     for first in range(0, len(asked), size):
@@ -167,7 +175,12 @@ def shared_rows(parts: Parts, own: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def compare(
-    parts: Parts, state: ServerState, local: Mapping[str, Adapter], central: Adapter | None, measures: Sequence[str]
+    parts: Parts,
+    state: ServerState,
+    local: Mapping[str, Adapter],
+    central: Adapter | None,
+    measures: Sequence[str],
+    tuned: ClientStore | None = None,
 ) -> Closing:
     """Score everybody on each client's own rows and on everybody's; measures are 'loss' and the run's metrics."""
     made: dict[str, Callable[[], Adapter]] = {"base": lambda: parts.initial, "federated": state.whole}
@@ -176,7 +189,7 @@ def compare(
     who = list(made)
     made |= {f"local:{client}": partial(local.__getitem__, client) for client in local}
     mine = parts.data.clients if parts.personal else {}
-    made |= {f"personal:{client}": partial(personal, parts, state, client) for client in mine}
+    made |= {f"personal:{client}": partial(going_home, parts, state, tuned, client) for client in mine}
     number = {name: i for i, name in enumerate(made)}
     own = evaluation_rows(parts)
     shared = shared_rows(parts, own)

@@ -29,12 +29,12 @@ class Assignment:
     frozen: frozenset[str] = frozenset()
     """Kinds of tensors that do not train this round, such as {"A"} (see adapter.kind)."""
     known: frozenset[str] = frozenset({"positions"})
-    """Kinds of tensors that every client makes for itself from the seed or the base, so that nobody sends them."""
+    """Kinds of tensors, or flat names, that a client makes from the seed or the base, so that nobody sends them."""
 
     @property
     def nbytes(self) -> int:
         """Bytes that this assignment takes on the wire, downwards."""
-        sent = {name: t for name, t in self.adapter.tensors().items() if kind(name) not in self.known}
+        sent = {n: t for n, t in self.adapter.tensors().items() if not {n, kind(n)} & self.known}
         side = sum(min(nbytes({"A": p.A, "B": p.B}), _dense_bytes(p)) for p in self.side.pairs.values())
         return nbytes(sent) + side + nbytes(self.memory)
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from sheepfold.adapter import LoraPair, from_delta, pad
 from sheepfold.errors import AdapterMismatch
@@ -76,10 +77,10 @@ class ProductSum:
             raise AdapterMismatch(f"rank {rank} of a ({d_out}, {d_in}) matrix: choose from 1 to {min(d_out, d_in)}")
         if self._dense is None:
             B, A = (t.double() for t in self._stacked())
-            Q, T = torch.linalg.qr(A.T)
-            N = B @ T.T
+            QT, tau = torch.geqrf(A.T)  # Q as reflections: it is applied to a few columns, never formed
+            N = B @ QT[: len(A)].triu().T
             V = self._right(N, rank, may_search=False)
-            left, right = N @ V, (Q @ V).T
+            left, right = N @ V, torch.ormqr(QT, tau, functional.pad(V, (0, 0, 0, d_in - len(V)))).T
         else:
             M = self._dense
             N = M if d_in <= d_out else M.T  # the decomposition's work is cubic in the columns
@@ -127,10 +128,10 @@ class ProductSum:
             Vh: Tensor = torch.linalg.svd(N, full_matrices=False).Vh
             return Vh[:rank].T
         norm = float(torch.linalg.vector_norm(N, dtype=torch.float64))
-        N = N / (norm or 1.0)
-        if norm and may_search and N.shape[1] >= max(SMALL, NARROW * rank):
+        if may_search and norm > 0 and N.shape[1] >= max(SMALL, NARROW * rank):
+            N = N / norm
             for dtype in (torch.float32, torch.float64):
-                found = search(N, _gram(N, dtype), rank, torch.finfo(self.dtype).eps)
+                found = search(N, _gram(N, dtype), rank, 4 * torch.finfo(self.dtype).eps)
                 if found is not None:
                     return found
         return _last(torch.linalg.eigh(_gram(N, torch.float64)).eigenvectors, rank)

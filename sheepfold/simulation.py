@@ -226,12 +226,13 @@ def _closing(
 ) -> joining.Closing | None:
     """Train the baselines asked for, and compare; None where neither baseline nor metric is asked for."""
     asked, settings = parts.experiment.baselines, parts.experiment.personal
+    tuned = None
     if settings.finetune_steps:
         listener("stage", {"text": "fine-tuning for every client"})
-        joining.fine_tune(parts, state, lr(max(0, state.round - 1)), settings.finetune_steps)
+        tuned = joining.fine_tune(parts, state, lr(max(0, state.round - 1)), settings.finetune_steps)
     if settings.wanted or parts.keeps:
-        for client in parts.engine.store.clients(parts.data.clients):
-            own = joining.personal(parts, state, client)
+        for client in (tuned or parts.engine.store).clients(parts.data.clients):
+            own = joining.going_home(parts, state, tuned, client)
             save_adapter(parts, own, folder.personal / folder_name(client), rounds=state.round)
     elif not asked and not parts.metrics:
         return None
@@ -244,7 +245,7 @@ def _closing(
         listener("stage", {"text": "training on all rows in one place"})
         central = joining.train_centrally(parts, state, lr)
     listener("stage", {"text": "comparing on held-out rows"})
-    closing = joining.compare(parts, state, local, central, ["loss", *parts.metrics])
+    closing = joining.compare(parts, state, local, central, ["loss", *parts.metrics], tuned)
     folder.write_json("closing.json", closing.as_dict())
     listener("closing", {"closing": closing})
     return closing

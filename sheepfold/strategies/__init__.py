@@ -90,13 +90,19 @@ def _dealt(
     taken = [list(inspect.signature(part).parameters)[0 if part is parts[-1] else 1 :] for part in parts]
     dealt: list[dict[str, Any]] = [{} for _ in parts]
     for name, value in settings.strategy_args.items():
+        if name in names and isinstance(value, Mapping):
+            dealt[names.index(name)] |= value
+            continue
         homes = [i for i, own in enumerate(taken) if name in own and name != "weights"]
         if len(homes) != 1:
             known = sorted({n for own in taken for n in own if n != "weights"})
-            what = "taken by more than one of" if homes else "no argument of"
-            raise ConfigError(
-                f"{KEY}_args.{name}: {what} {', '.join(names)}; {suggest(name, known) if known else 'there are none'}"
-            )
+            hint = suggest(name, known) if known else "there are none"
+            if homes:
+                raise ConfigError(
+                    f"{KEY}_args.{name}: {' and '.join(names[i] for i in homes)} take it; say whose, as in "
+                    f"{names[homes[0]]}: {{{name}: {value}}}"
+                )
+            raise ConfigError(f"{KEY}_args.{name}: no argument of {', '.join(names)}; {hint}")
         dealt[homes[0]][name] = value
     if settings.weights != "auto":
         if "weights" not in taken[-1]:

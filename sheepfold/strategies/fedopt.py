@@ -27,6 +27,8 @@ from sheepfold.state import ServerState
 from sheepfold.strategies.base import Strategy, argument, not_together, parts_of
 
 Number = float | None
+THOSE = "fedavg, fedit, fedex, hetlora, heterolora, ffa_lora, rolora, fedsa, fed_sb"
+"""The methods that average factors."""
 Moments = Mapping[str, Tensor]
 """m, and v where the optimizer has one; nothing before the first step."""
 
@@ -57,7 +59,7 @@ def around(
     options = _options(server, {"server_lr": server_lr, "beta1": beta1, "beta2": beta2, "tau": tau, "v0": v0})
     if of.averages != "factors":
         why = f"{parts_of(of)[-1]}'s factors change coordinates each round, and the optimizer's moments would not fit"
-        raise not_together(name, of, f"{why}; {name} goes with fedavg, fedit, fedex, ffa_lora, rolora, fedsa, fed_sb")
+        raise not_together(name, of, f"{why}; {name} goes with {THOSE}")
     if any(f"fed{other}" in parts_of(of) for other in SERVERS):
         raise not_together(name, of, "two server optimizers; choose one")
 

@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from sheepfold.adapter import Average, LoraPair, pad, truncate
+from sheepfold.errors import ConfigError
 from sheepfold.messages import Assignment, Update
 from sheepfold.state import ServerState
 from sheepfold.strategies.base import (
@@ -35,7 +36,12 @@ from sheepfold.strategies.base import (
 
 
 def heterolora(handle_alpha: bool = True, weights: Weights = "rows") -> Strategy:
-    """Return HeteroLoRA over adapters of any ranks, with alpha / r taken into account or not."""
+    """Return HeteroLoRA over adapters of any ranks, with alpha / r taken into account or not.
+
+    Raises ConfigError for a handle_alpha that is neither true nor false.
+    """
+    if not isinstance(handle_alpha, bool):
+        raise ConfigError(f"federation.strategy_args.handle_alpha: found {handle_alpha!r}, expected true or false")
 
     def fold(state: ServerState, updates: Iterable[Update]) -> ServerState:
         average, ranks = Average(), widest(state)

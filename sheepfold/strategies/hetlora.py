@@ -21,12 +21,15 @@ import torch
 from torch import Tensor
 
 from sheepfold.adapter import Adapter, Average
+from sheepfold.config import Experiment
+from sheepfold.errors import ConfigError
 from sheepfold.local.rules import Factors, LocalRule, Trained
 from sheepfold.messages import Assignment, Update
 from sheepfold.state import ServerState
 from sheepfold.strategies.base import (
     Strategy,
     Weights,
+    accept_all,
     alive,
     argument,
     check_modules,
@@ -46,14 +49,18 @@ RANKS = "hetlora/ranks"
 """In ServerState.memory, once a client pruned: (clients, modules) int64, as in Setting.clients and sorted by path."""
 
 
-def hetlora(gamma: float | None = 0.99, regularisation: float = 1e-3, weights: Weights = "uniform") -> Strategy:
+def hetlora(gamma: float | None = 0.99, regularisation: float | None = None, weights: Weights = "uniform") -> Strategy:
     """Return HetLoRA; gamma: the share of its rank that a client may prune to (None: never), regularisation: lambda.
 
-    Raises ConfigError unless 0 < gamma < 1 and regularisation >= 0.
+    regularisation is 1e-3 where it is not given. Raises ConfigError unless 0 < gamma < 1 and regularisation >= 0, and
+    for a regularisation without gamma.
     """
+    if gamma is None and regularisation is not None:
+        raise ConfigError("federation.strategy_args.regularisation has no effect with gamma null; remove it")
     if gamma is not None:
         gamma = argument("gamma", gamma, "between 0 and 1, or null: no pruning", lambda g: 0 < g < 1)
-    regularisation = argument("regularisation", regularisation, "at least 0", lambda factor: factor >= 0)
+    factor = 1e-3 if regularisation is None else regularisation
+    factor = argument("regularisation", factor, "at least 0", lambda value: value >= 0)
 
     def fold(state: ServerState, updates: Iterable[Update]) -> ServerState:
         sums: defaultdict[tuple[str, bool], Average] = defaultdict(Average)
@@ -78,12 +85,22 @@ def hetlora(gamma: float | None = 0.99, regularisation: float = 1e-3, weights: W
         name="hetlora",
         fold=fold,
         assign=assign,
-        local=None if gamma is None else self_pruning(gamma, regularisation),
+        local=None if gamma is None else self_pruning(gamma, factor),
+        check=accept_all if gamma is None else ranks_are_shared,
         begin=with_scale_1,
         weights=weights,
         mixed_ranks=True,
         pairs_only=True,
     )
+
+
+def ranks_are_shared(experiment: Experiment) -> None:
+    """Refuse adapters of a client's own: a pair that is pruned has another shape than the one that was kept."""
+    if experiment.personal.keep_local or experiment.personal.ditto:
+        raise ConfigError(
+            "federation.strategy hetlora: it prunes ranks, which personal.keep_local and personal.ditto hold fast; set "
+            "federation.strategy_args.gamma to null, or remove them"
+        )
 
 
 def self_pruning(gamma: float, regularisation: float) -> LocalRule:

@@ -44,7 +44,7 @@ def slora(of: Strategy, stage_rounds: int = 5, density: float = 0.05, residual: 
         raise ConfigError(f"federation.strategy_args.residual: no {residual!r}; {suggest(str(residual), RESIDUALS)}")
     *between, last = parts_of(of)
     if last not in THEN:
-        why = f"slora hands pairs to a method that goes on with both factors, and {last} does not"
+        why = f"slora hands over to a method that trains both factors from any start, and {last} has one of its own"
         raise not_together("slora", of, f"{why}; slora goes with {', '.join(THEN)}")
     if odd := sorted(set(between) - {"fedprox"}):
         why = f"{odd[0]} inside slora would begin in the middle of the run"
