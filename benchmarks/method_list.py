@@ -17,9 +17,9 @@ class Size:
     steps: int = 4
     batch_rows: int = 2
     max_tokens: int = 128
-    judged: int = 150
+    judged: int = 100
     """Clients judged, of those that were sampled and of those that never were."""
-    answers: int = 2
+    answers: int = 1
     """Rows of each of them that are answered for ROUGE-L; the loss is of all their rows."""
     new_tokens: int = 24
 
@@ -81,7 +81,7 @@ METHODS: Mapping[str, Method] = {
     "ditto": method("fedit", own={"personal.ditto": 0.1}),
     "full": method("fedavg", lr=3e-4, own={"adapter.method": "full", "train.engine": "peft_model"}),
 }
-FULL, QUICK = Size(), Size(rounds=5, judged=60, answers=1)
+FULL, QUICK = Size(), Size(rounds=5, judged=60)
 QUICK_METHODS = (
     BASE, "fedavg", "fedit", "scaffold", "fedadam", "flora", "fedex", "flexlora", "heterolora", "ffa_lora", "fedsa",
     "slora",
