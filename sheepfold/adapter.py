@@ -1,9 +1,7 @@
 """Adapters as values, and their algebra.
 
-An adapter is a set of pairs, one per adapted weight: W becomes W + scale * B @ A. Adapters can be averaged factor by
-factor (`Average`), or exactly, by stacking their factors (`stack`):
-
-    sum_k p_k s_k B_k A_k  =  [p_1 s_1 B_1 | p_2 s_2 B_2 | ...] @ [A_1; A_2; ...]
+An adapter is a set of pairs, one per adapted weight: W becomes W + scale * B @ A. They are averaged factor by factor here
+(`Average`), and product by product in products.py.
 
 Two further kinds of change: a pair may have a small matrix between its factors (Fed-SB trains only that), and a weight
 may change at a few positions alone (SLoRA's first stage). `Adapter.plain` turns both into pairs.
@@ -223,7 +221,7 @@ class Average:
     """A running weighted mean of adapters, factor by factor, in float64: memory stays at one adapter.
 
     A = sum p_k A_k, B = sum p_k B_k, with p_k = w_k / sum w. Source: FedAvg, arXiv:1602.05629, Algorithm 1, applied to
-    the factors as FedIT does (arXiv:2305.05644). The mean of factors is not the mean of products: see `stack`.
+    the factors as FedIT does (arXiv:2305.05644). The mean of factors is not the mean of products: see products.py.
     Tensors come back in float32 (float64 where they came in float64).
     """
 
@@ -285,38 +283,6 @@ def mean(parts: Iterable[tuple[Adapter, float]]) -> Adapter:
     return average.finish()
 
 
-def stack(parts: Sequence[tuple[LoraPair, float]]) -> LoraPair:
-    """Return one pair whose delta is the weighted mean of the deltas, exactly: its rank is the sum of the ranks.
-
-    Source: FLoRA, arXiv:2409.05976, eq. 5, with alpha / r folded into B, so mixed ranks and scales are exact.
-    """
-    total = sum(weight for _, weight in parts)
-    if not total > 0:
-        raise AdapterMismatch(f"nothing to stack: the weights sum to {total}")
-    A = torch.cat([pair.A for pair, _ in parts])
-    B = torch.cat([pair.B * (weight / total * pair.scale) for pair, weight in parts], dim=1)
-    return LoraPair(A, B, 1.0)
-
-
-def best_rank(pair: LoraPair, rank: int, scale: float = 1.0) -> LoraPair:
-    """Return the rank-`rank` pair nearest to this one in Frobenius norm, with the scale asked for.
-
-    QR of both factors and an SVD of the small core, never of the dense product: B A = Q_B (R_B R_A^T) Q_A^T, and the
-    truncated SVD of the core is optimal for the product (Eckart-Young). A = V_r^T, B = U_r S_r / scale, as FlexLoRA
-    redistributes (arXiv:2402.11505, section 3.2). Where `rank` exceeds the product's, zero rows fill up.
-    Computed in float64 and returned in the pair's dtype.
-    """
-    if rank < 1:
-        raise AdapterMismatch(f"rank {rank}: must be at least 1")
-    Q_b, R_b = torch.linalg.qr(pair.scale * pair.B.double())
-    Q_a, R_a = torch.linalg.qr(pair.A.double().T)
-    U, S, Vh = torch.linalg.svd(R_b @ R_a.T, full_matrices=False)
-    keep = min(rank, S.numel())
-    A = (Vh[:keep] @ Q_a.T).to(pair.A.dtype)
-    B = ((Q_b @ U[:, :keep]) * (S[:keep] / scale)).to(pair.B.dtype)
-    return pad(LoraPair(A, B, scale), rank)
-
-
 def pad(pair: LoraPair, rank: int) -> LoraPair:
     """Return the pair with zero rows of A and zero columns of B up to `rank`: the same delta, the same scale.
 
@@ -355,10 +321,3 @@ def _sum(left: LoraPair, right: LoraPair) -> LoraPair:
         B = torch.cat([left.B * left.scale, right.B * right.scale], dim=1)
         return LoraPair(torch.cat([left.A, right.A]), B, 1.0)
     return from_delta((left.delta() + right.delta()).to(_wide(right.A)))
-
-
-def subtract(left: LoraPair, right: LoraPair) -> LoraPair:
-    """Return a pair whose delta is left's minus right's, exactly: its rank is the sum of both."""
-    A = torch.cat([left.A, right.A])
-    B = torch.cat([left.B * left.scale, right.B * -right.scale], dim=1)
-    return LoraPair(A, B, 1.0)

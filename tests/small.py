@@ -1,19 +1,23 @@
 """Small real things to test with: models of two layers, ragged rows, adapters with something in them."""
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from sheepfold.adapter import Adapter, LoraPair
+from sheepfold.adapter import Adapter, LoraPair, SparseDelta
 from sheepfold.config import AdapterSettings, TrainSettings
 from sheepfold.data.rows import TokenRows
 from sheepfold.engines.cohort import CohortEngine
 from sheepfold.engines.injection import CohortModel
 from sheepfold.engines.peft_model import PeftModelEngine
 from sheepfold.messages import Assignment
-from sheepfold.models import silence_dropout
+from sheepfold.models import BUILTIN, silence_dropout
 from sheepfold.state import BatchPlan
 from sheepfold.targets import linear_shape
 
@@ -87,16 +91,63 @@ def adapter(base: Any, rank: int, seed: int, family: str = "llama", dtype: torch
     """Return an adapter whose A and B both hold random numbers, alpha 16."""
     draw = torch.Generator().manual_seed(seed)
     pairs = {}
-    for name, layer in sites(base, family).items():
-        d_in, d_out = linear_shape(getattr(layer, "layer", layer))  # injected or not
+    for name, (d_in, d_out) in shapes(base, family).items():
         A = torch.randn(rank, d_in, generator=draw, dtype=torch.float64) / 6
         B = torch.randn(d_out, rank, generator=draw, dtype=torch.float64) / 6
         pairs[name] = LoraPair(A.to(dtype), B.to(dtype), 16 / rank)
     return Adapter(pairs)
 
 
+def shapes(base: Any, family: str = "llama") -> dict[str, tuple[int, int]]:
+    """Return (d_in, d_out) of each module to adapt, injected or not."""
+    return {path: linear_shape(getattr(layer, "layer", layer)) for path, layer in sites(base, family).items()}
+
+
+def with_cores(adapter: Adapter, seed: int = 0) -> Adapter:
+    """Return the adapter with a random core in every pair."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def cored(pair: LoraPair) -> LoraPair:
+        core = torch.randn(pair.rank, pair.rank, generator=draw, dtype=torch.float64)
+        return replace(pair, core=core.to(pair.A.dtype))
+
+    return Adapter({path: cored(pair) for path, pair in adapter.pairs.items()})
+
+
+def sparse(base: Any, share: float, seed: int = 0, family: str = "llama", mask: int = 0) -> Adapter:
+    """Return random changes at a share of each weight's positions; the same `mask`, the same positions."""
+    draw, where = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(mask)
+    deltas = {}
+    for path, (d_in, d_out) in shapes(base, family).items():
+        at = torch.randperm(d_in * d_out, generator=where)[: max(1, int(share * d_in * d_out))].sort().values
+        values = torch.randn(len(at), generator=draw, dtype=torch.float64) / 20
+        deltas[path] = SparseDelta(values, at, (d_out, d_in))
+    return Adapter(sparse=deltas)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute on one thread: matrices this small are done before a second thread has woken up."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def saved(folder: Path, family: str = "llama") -> Path:
+    """Write a small base with the built-in one's tokenizer, for whole runs in no time; return its folder."""
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(BUILTIN)
+    model(torch.float32, family, vocab_size=len(tokenizer), initializer_range=0.2).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def cohort_engine(base: Any, train: TrainSettings, family: str = "llama", **over: Any) -> CohortEngine:
-    """Return a cohort engine over the four clients; over: plan, seed, rule, dropout, rows, tokens."""
+    """Return a cohort engine over the four clients; over: plan, seed, rule, dropout, rows, tokens, store, ..."""
     return CohortEngine(CohortModel(base, sites(base, family)), *_engine(train, over), **_keywords(train, over))
 
 
@@ -112,7 +163,8 @@ def _engine(train: TrainSettings, over: dict[str, Any]) -> tuple[Any, ...]:
 
 def _keywords(train: TrainSettings, over: dict[str, Any]) -> dict[str, Any]:
     plan = over.get("plan", BatchPlan(4, train.micro_rows or train.batch_rows, 120))
-    return {"seed": over.get("seed", 1), "plan": plan, "rule": over.get("rule")}
+    further = {name: over[name] for name in ("private", "ditto", "store", "beyond_peft") if name in over}
+    return {"seed": over.get("seed", 1), "plan": plan, "rule": over.get("rule"), **further}
 
 
 def assignments(adapters: dict[str, Adapter], round: int = 0, lr: float = 1e-3) -> list[Assignment]:

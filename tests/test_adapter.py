@@ -12,12 +12,13 @@ from sheepfold.adapter import (
     Adapter,
     Average,
     LoraPair,
-    best_rank,
+    SparseDelta,
+    combined,
+    from_delta,
     from_tensors,
+    kind,
     mean,
     pad,
-    stack,
-    subtract,
     truncate,
 )
 from sheepfold.errors import AdapterMismatch
@@ -131,32 +132,6 @@ def test_a_long_sum_in_half_precision_does_not_drift():
 
 
 @many
-@given(cohorts(mixed=True))
-def test_the_stack_is_the_weighted_mean_of_the_updates_for_any_ranks_and_scales(cohort):
-    found = stack(cohort)
-    close(found.delta(), weighted([dense(p) for p, _ in cohort], [w for _, w in cohort]))
-    assert found.rank == sum(p.rank for p, _ in cohort)
-
-
-@many
-@given(cohorts(mixed=True), st.integers(1, 8), SCALES)
-def test_best_rank_is_as_near_as_any_pair_of_that_rank_can_be(cohort, rank, scale):
-    whole = stack(cohort)
-    found = best_rank(whole, rank, scale)
-    U, S, Vh = np.linalg.svd(dense(whole))
-    k = min(rank, len(S))
-    close(found.delta(), (U[:, :k] * S[:k]) @ Vh[:k] if _gap(S, k) else dense(found), 1e-7)
-    error = np.linalg.norm(dense(found) - dense(whole))
-    assert error == pytest.approx(np.linalg.norm(S[k:]), rel=1e-6, abs=1e-7 * (1 + S[0]))  # Eckart-Young
-    assert (found.rank, found.scale) == (rank, scale)
-
-
-def _gap(S, k):
-    """Whether the best approximation is unique, and numerically so."""
-    return k == len(S) or S[k - 1] - S[k] > 1e-3 * (S[0] + 1e-9)
-
-
-@many
 @given(pairs(), st.integers(0, 5))
 def test_padding_changes_neither_update_nor_scale_and_truncating_takes_it_back(pair, more):
     padded = pad(pair, pair.rank + more)
@@ -172,13 +147,6 @@ def test_truncating_keeps_the_first_terms_of_the_sum(pair, data):
     rank = data.draw(st.integers(1, pair.rank))
     A, B = pair.A.numpy(), pair.B.numpy()
     close(truncate(pair, rank).delta(), pair.scale * sum(np.outer(B[:, i], A[i]) for i in range(rank)))
-
-
-@many
-@given(pairs(d_in=3, d_out=4), pairs(d_in=3, d_out=4))
-def test_a_difference_is_the_difference_of_the_updates(left, right):
-    close(subtract(left, right).delta(), dense(left) - dense(right))
-    close(subtract(left, left).delta(), np.zeros((4, 3)))
 
 
 @many
@@ -250,13 +218,11 @@ def test_a_mean_refuses_adapters_that_differ_and_says_how(other, message):
     assert average.finish().hash() == Adapter({"q": pair_of(2)}).hash()  # what was refused left no trace
 
 
-def test_nothing_has_no_mean_and_no_stack():
+def test_nothing_has_no_mean():
     with pytest.raises(AdapterMismatch, match="nothing to average"):
         mean([])
     with pytest.raises(AdapterMismatch, match="nothing to average"):
         mean([(Adapter({"q": pair_of(2)}), 0.0)])
-    with pytest.raises(AdapterMismatch, match="nothing to stack"):
-        stack([])
 
 
 def test_ranks_out_of_reach_are_refused():
@@ -265,8 +231,153 @@ def test_ranks_out_of_reach_are_refused():
     for rank in (0, 3):
         with pytest.raises(AdapterMismatch, match=f"rank 2 cannot be truncated to {rank}"):
             truncate(pair_of(2), rank)
-    with pytest.raises(AdapterMismatch, match="rank 0: must be at least 1"):
-        best_rank(pair_of(2), 0)
+
+
+@st.composite
+def changes(draw, d_in=5, d_out=4):
+    """One module's change: a pair, a pair with a core, or a sparse delta; and the dense update it stands for."""
+    numbers = np.random.default_rng(draw(SEEDS))
+    if draw(st.booleans()):
+        at = np.sort(numbers.permutation(d_in * d_out)[: draw(st.integers(1, d_in * d_out))])
+        values, update = numbers.normal(size=len(at)), np.zeros(d_in * d_out)
+        update[at] = values
+        return SparseDelta(torch.from_numpy(values), torch.from_numpy(at), (d_out, d_in)), update.reshape(d_out, d_in)
+    pair = draw(pairs(d_in, d_out))
+    if draw(st.booleans()):
+        return pair, dense(pair)
+    core = torch.from_numpy(numbers.normal(size=(pair.rank, pair.rank)))
+    cored = LoraPair(pair.A, pair.B, pair.scale, core)
+    return cored, pair.scale * pair.B.numpy() @ core.numpy() @ pair.A.numpy()
+
+
+def adapter_of(parts, extra=None):
+    """An adapter of these changes by module, pairs and sparse deltas."""
+    sparse = {path: change for path, change in parts.items() if isinstance(change, SparseDelta)}
+    return Adapter({path: change for path, change in parts.items() if path not in sparse}, extra or {}, sparse)
+
+
+@many
+@given(changes())
+def test_cores_and_sparse_deltas_are_pairs_of_the_same_update(change):
+    found, expected = change
+    close(found.delta(), expected)
+    plain = adapter_of({"q": found}).plain()
+    assert plain.pairs["q"].core is None
+    assert not plain.sparse
+    close(plain.pairs["q"].delta(), expected)
+    assert plain.pairs["q"].norm() == pytest.approx(np.linalg.norm(expected), rel=1e-6, abs=1e-6)
+    if isinstance(found, LoraPair):
+        assert found.norm() == pytest.approx(np.linalg.norm(expected), rel=1e-6, abs=1e-6)
+        assert plain.pairs["q"].rank == found.rank
+
+
+@many
+@given(st.lists(changes(), min_size=2, max_size=2), st.lists(changes(), min_size=2, max_size=2))
+def test_combined_adapters_change_the_base_by_the_sum_of_both(ours, theirs):
+    """Of what both change, and of what one of them changes alone."""
+    left = adapter_of({"q": ours[0][0], "left": ours[1][0]})
+    right = adapter_of({"q": theirs[0][0], "right": theirs[1][0]}, {"head": torch.ones(2)})
+    both = combined(left, right)
+    assert both.pairs.keys() == {"q", "left", "right"}
+    close(both.pairs["q"].delta(), ours[0][1] + theirs[0][1])
+    close(both.pairs["left"].delta(), ours[1][1])
+    close(both.pairs["right"].delta(), theirs[1][1])
+    assert both.pairs["q"].rank <= 4, "no larger than the matrix"
+    assert torch.equal(both.extra["head"], right.extra["head"])
+    assert not both.sparse
+    assert all(pair.core is None for pair in both.pairs.values())
+
+
+@many
+@given(st.integers(1, 6), st.integers(1, 6), SEEDS)
+def test_a_dense_update_goes_through_a_pair_to_the_bit(d_in, d_out, seed):
+    dense = torch.randn(d_out, d_in, generator=torch.Generator().manual_seed(seed))
+    pair = from_delta(dense)
+    assert pair.rank == min(d_in, d_out)
+    assert torch.equal(pair.delta(torch.float32), dense)
+
+
+@many
+@given(st.dictionaries(st.sampled_from("abcd"), changes(), min_size=1))
+def test_every_kind_of_change_goes_through_its_tensors_unchanged(drawn):
+    adapter = adapter_of({path: change for path, (change, _) in drawn.items()}, {"head": torch.ones(2)})
+    tensors = adapter.tensors()
+    assert {kind(name) for name in tensors} <= {"A", "B", "core", "values", "positions", "extra"}
+    assert list(tensors) == list(adapter.to().tensors()), "in a fixed order"
+    again = from_tensors(
+        tensors,
+        {path: pair.scale for path, pair in adapter.pairs.items()},
+        {path: list(sparse.shape) for path, sparse in adapter.sparse.items()},
+    )
+    assert again.hash() == adapter.hash()
+    assert again.sparse.keys() == adapter.sparse.keys()
+    narrow = adapter.to(torch.float32)
+    assert all(
+        t.dtype == (torch.int64 if kind(n) == "positions" else torch.float32) for n, t in narrow.tensors().items()
+    )
+    assert adapter.nbytes() == sum(t.numpy().nbytes for t in tensors.values())
+
+
+def test_the_hash_sees_cores_positions_and_the_shape_they_lie_in():
+    pair = LoraPair(torch.ones(2, 3), torch.ones(4, 2), 1.0)
+    cored = LoraPair(pair.A, pair.B, 1.0, torch.eye(2))
+    values = torch.ones(2)
+    sparse = SparseDelta(values, torch.tensor([0, 5]), (4, 3))
+    adapters = [
+        Adapter({"q": pair}),
+        Adapter({"q": cored}),
+        Adapter({"q": LoraPair(pair.A, pair.B, 1.0, 2 * torch.eye(2))}),
+        Adapter(sparse={"q": sparse}),
+        Adapter(sparse={"q": SparseDelta(values, torch.tensor([0, 4]), (4, 3))}),
+        Adapter(sparse={"q": SparseDelta(values, torch.tensor([0, 5]), (3, 4))}),
+    ]
+    assert len({a.hash() for a in adapters}) == len(adapters)
+    assert Adapter({"q": cored}).hash() == Adapter({"q": LoraPair(pair.A, pair.B, 1.0, torch.eye(2))}).hash()
+
+
+def test_replacing_a_tensor_leaves_the_others_and_refuses_other_names():
+    pair = LoraPair(torch.ones(2, 3), torch.ones(4, 2), 1.0, torch.eye(2))
+    sparse = SparseDelta(torch.ones(2), torch.tensor([0, 5]), (4, 3))
+    adapter = Adapter({"q": pair}, {"head": torch.ones(2)}, {"v": sparse})
+    other = adapter.holding({"q/core": torch.zeros(2, 2), "v/values": torch.zeros(2), "head/extra": torch.zeros(2)})
+    assert other.pairs["q"].A is pair.A
+    assert other.sparse["v"].positions is sparse.positions
+    assert not any(t.any() for t in (other.pairs["q"].core, other.sparse["v"].values, other.extra["head"]))
+    assert adapter.pairs["q"].core is pair.core
+    for name in ("k/A", "q/values", "v/A", "head", "q"):
+        with pytest.raises(KeyError):
+            adapter.holding({name: torch.zeros(1)})
+
+
+@many
+@given(st.lists(st.tuples(SEEDS, WEIGHTS), min_size=1, max_size=4), st.integers(1, 12))
+def test_the_mean_of_cores_and_of_sparse_values_is_the_mean_of_the_updates(clients, count):
+    """Frames and positions are shared, so what is averaged is linear in the update."""
+    frame = LoraPair(torch.randn(2, 4, dtype=torch.float64), torch.randn(3, 2, dtype=torch.float64), 0.5)
+    at = torch.from_numpy(np.sort(np.random.default_rng(count).permutation(12)[:count]))
+
+    def client(seed):
+        draw = torch.Generator().manual_seed(seed)
+        core = torch.randn(2, 2, generator=draw, dtype=torch.float64)
+        values = torch.randn(count, generator=draw, dtype=torch.float64)
+        return Adapter(
+            {"q": LoraPair(frame.A, frame.B, 0.5, core)}, sparse={"v": SparseDelta(values, at.clone(), (3, 4))}
+        )
+
+    drawn = [(client(seed), weight) for seed, weight in clients]
+    found, weights = mean(drawn), [w for _, w in clients]
+    close(found.pairs["q"].delta(), weighted([a.pairs["q"].delta().numpy() for a, _ in drawn], weights))
+    close(found.sparse["v"].delta(), weighted([a.sparse["v"].delta().numpy() for a, _ in drawn], weights))
+    assert torch.equal(found.sparse["v"].positions, at)
+
+
+def test_a_mean_over_other_positions_is_refused_by_name():
+    average = Average()
+    average.add(Adapter(sparse={"q": SparseDelta(torch.ones(2), torch.tensor([0, 5]), (4, 3))}), 1.0, "client 'ann'")
+    with pytest.raises(AdapterMismatch, match=r"client 'bob', q/positions: .*masks must be shared"):
+        average.add(
+            Adapter(sparse={"q": SparseDelta(torch.ones(2), torch.tensor([0, 4]), (4, 3))}), 1.0, "client 'bob'"
+        )
 
 
 def test_adapters_are_values():
