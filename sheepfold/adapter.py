@@ -1,7 +1,7 @@
 """Adapters as values, and their algebra.
 
-An adapter is a set of pairs, one per adapted weight: W becomes W + scale * B @ A. They are averaged factor by factor here
-(`Average`), and product by product in products.py.
+An adapter is a set of pairs, one per adapted weight: W becomes W + scale * B @ A. They are averaged factor by factor
+here (`Average`), and product by product in products.py.
 
 Two further kinds of change: a pair may have a small matrix between its factors (Fed-SB trains only that), and a weight
 may change at a few positions alone (SLoRA's first stage). `Adapter.plain` turns both into pairs.

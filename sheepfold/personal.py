@@ -1,12 +1,13 @@
 """Adapters of a client's own: what stays with it, and what cannot go together. joining.py makes and judges them."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
 from sheepfold.adapter import Adapter, kind
 from sheepfold.config import Experiment
 from sheepfold.errors import ConfigError
-from sheepfold.messages import Assignment
+from sheepfold.messages import Assignment, Update
 from sheepfold.state import ServerState
 from sheepfold.strategies.base import Strategy, nothing
 
@@ -58,7 +59,13 @@ def keeping_local(made: Strategy, experiment: Experiment) -> Strategy:
         known = frozenset(name for name in handed.adapter.tensors() if kept(name))
         return handed if experiment.adapter.start else replace(handed, known=handed.known | known)
 
-    return replace(made, assign=assign, private=lambda name: made.private(name) or kept(name))
+    def fold(state: ServerState, updates: Iterable[Update]) -> ServerState:
+        folded, had = made.fold(state, updates), state.adapter.tensors()
+        stays = {name: had[name] for name in folded.adapter.tensors() if kept(name)}  # what nobody sent is no news
+        side = Adapter({path: pair for path, pair in folded.side.pairs.items() if not kept(f"{path}/A")})
+        return replace(folded, adapter=folded.adapter.holding(stays), side=side)
+
+    return replace(made, assign=assign, fold=fold, private=lambda name: made.private(name) or kept(name))
 
 
 def _matches(path: str, pattern: str) -> bool:

@@ -1,5 +1,6 @@
 """A whole run on one machine: the loop of rounds.py, and everything that goes around it."""
 
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -231,7 +232,9 @@ def _closing(
         listener("stage", {"text": "fine-tuning for every client"})
         tuned = joining.fine_tune(parts, state, lr(max(0, state.round - 1)), settings.finetune_steps)
     if settings.wanted or parts.keeps:
-        for client in (tuned or parts.engine.store).clients(parts.data.clients):
+        shutil.rmtree(folder.personal, ignore_errors=True)  # of an earlier end of this run
+        stores = [store for store in (parts.engine.store, tuned) if store is not None]
+        for client in dict.fromkeys(c for store in stores for c in store.clients(parts.data.clients)):
             own = joining.going_home(parts, state, tuned, client)
             save_adapter(parts, own, folder.personal / folder_name(client), rounds=state.round)
     elif not asked and not parts.metrics:

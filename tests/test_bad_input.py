@@ -6,12 +6,15 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from sheepfold.config import dump
 from sheepfold.models import BUILTIN
+from sheepfold.strategies.base import Strategy
+from sheepfold.strategies.fedavg import fedavg
 from tests.runs import experiment
 from tests.test_cli import typed
 
@@ -55,6 +58,14 @@ def with_file(name: str, content: bytes) -> Callable[[Path], Words]:
     return make
 
 
+RANKS = ["adapter.rank=8", "adapter.ranks=[2, 4]"]
+
+
+def unweighted() -> Strategy:
+    """A method of one's own that weighs nobody."""
+    return replace(fedavg("uniform"), name="unweighted")
+
+
 CASES: dict[str, tuple[Callable[[Path], Words], str]] = {
     # the experiment file and its keys
     "unknown key": (lambda t: ["train.stepz=1"], "did you mean 'steps'"),
@@ -63,7 +74,7 @@ CASES: dict[str, tuple[Callable[[Path], Words], str]] = {
     "steps and epochs": (lambda t: ["train.epochs=1"], "keep one of them"),
     "more clients a round than clients": (lambda t: ["federation.clients_per_round=9"], "is more than"),
     "unknown strategy": (lambda t: ["federation.strategy=fedavgg"], "did you mean 'fedavg'"),
-    "strategy argument": (lambda t: ["federation.strategy_args.mu=1"], "unexpected keyword argument"),
+    "strategy argument": (lambda t: ["federation.strategy_args.mu=1"], "no argument of fedavg"),
     "fedit with sgd": (lambda t: ["federation.strategy=fedit", "train.optimizer=sgd"], "use adamw"),
     "unknown optimizer": (lambda t: ["train.optimizer=adamww"], "did you mean 'adamw'"),
     "coupling optimizer": (lambda t: ["train.optimizer=lbfgs"], "use train.engine peft_model"),
@@ -115,6 +126,56 @@ CASES: dict[str, tuple[Callable[[Path], Words], str]] = {
     "rows longer than the model": (lambda t: ["data.max_tokens=4096"], "1024 positions"),
     "adapting the head in a cohort": (lambda t: ["adapter.targets=[lm_head]"], "output head"),
     "no such device": (lambda t: ["device=cuda:7"], "cuda"),
+    # methods, and what clients have of their own
+    "mixed ranks where factors are averaged": (lambda t: [*RANKS, "federation.strategy=fedavg"], "needs equal ranks"),
+    "one client's rank above the matrix": (
+        lambda t: ["adapter.rank=8", "adapter.ranks=[2, 4000]", "federation.strategy=flora"],
+        "choose a smaller rank",
+    ),
+    "two methods that fold": (lambda t: ["federation.strategy=[flora, fedavg]"], "flora says how updates fold"),
+    "a method around one that it does not fit": (lambda t: ["federation.strategy=[scaffold, flexlora]"], "[scaffold, "),
+    "misspelt argument of a method": (
+        lambda t: ["federation.strategy=[fedprox, flexlora]", "federation.strategy_args={mu: 1, precison: float64}"],
+        "did you mean 'precision'",
+    ),
+    "argument that two methods take": (
+        lambda t: ["federation.strategy=[fedavgm, scaffold]", "federation.strategy_args.server_lr=0.5"],
+        "say whose, as in fedavgm",
+    ),
+    "missing argument of a method": (lambda t: ["federation.strategy=fedprox"], "missing a required argument: 'mu'"),
+    "argument out of range": (
+        lambda t: ["federation.strategy=slora", "federation.strategy_args.density=1.5"],
+        "density: found 1.5, expected above 0 and at most 1",
+    ),
+    "weights of a method that has its own": (
+        lambda t: ["federation.strategy=tests.test_bad_input:unweighted", "federation.weights=uniform"],
+        "has its own weights; set it to auto",
+    ),
+    "scaffold with another optimizer": (
+        lambda t: ["federation.strategy=scaffold", "train.optimizer=adamax"], "to sgd, as in the paper, or to adamw"
+    ),
+    "scaffold with momentum": (
+        lambda t: ["federation.strategy=scaffold", "train.optimizer=sgd", "train.optimizer_args.momentum=0.9"],
+        "found momentum; set it to 0",
+    ),
+    "slora that never ends its first stage": (
+        lambda t: ["federation.strategy=slora", "federation.strategy_args.stage_rounds=2"],
+        "LoRA would never start in 2 rounds",
+    ),
+    "a method of pairs with all weights": (
+        lambda t: ["federation.strategy=flora", "adapter.method=full", "train.engine=peft_model"], "adapter.method"
+    ),
+    "ditto near factors that turn": (
+        lambda t: ["federation.strategy=flexlora", "personal.ditto=1"], "nearness to them means nothing"
+    ),
+    "ditto with nothing to hold it": (lambda t: ["personal.ditto=0"], "personal.ditto: found 0"),
+    "keeping a module that is not there": (lambda t: ["personal.keep_local=[c_attn]"], "matches no adapted module"),
+    "keeping cores at home": (
+        lambda t: ["federation.strategy=fed_sb", "personal.keep_local=[q_proj]"], "cannot stay behind"
+    ),
+    "keeping variates at home": (
+        lambda t: ["federation.strategy=scaffold", "personal.keep_local=[q_proj]"], "remove personal.keep_local"
+    ),
 }  # fmt: skip
 
 

@@ -49,7 +49,7 @@ def scaffold(of: Strategy, server_lr: float = 1.0) -> Strategy:
         moved = {n: (t + (rate - 1) * (t.double() - old[n].double())).to(t.dtype) for n, t in mean.items()}
         c, N = _variates(state.memory), len(state.setting.clients)
         for name, change in sums.items():
-            c[name] = (c.get(name, 0.0) + change / N).to(mean[name.removeprefix(VARIATE)].dtype)
+            c[name] = (c.get(name, 0.0) + change / N).to(next(iter(mean.values())).dtype)
         return replace(folded, adapter=folded.adapter.holding(moved), memory={**folded.memory, **c})
 
     def check(experiment: Experiment) -> None:
