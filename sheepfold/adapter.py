@@ -288,7 +288,7 @@ def pad(pair: LoraPair, rank: int) -> LoraPair:
 
     Both gradients of the padding are zero, so training leaves it zero.
     """
-    missing = rank - pair.rank
+    pair, missing = pair.plain(), rank - pair.rank
     if missing < 0:
         raise AdapterMismatch(f"rank {pair.rank} cannot be padded to {rank}; truncate it, or take best_rank")
     A = torch.cat([pair.A, pair.A.new_zeros(missing, pair.A.shape[1])])
@@ -300,6 +300,7 @@ def truncate(pair: LoraPair, rank: int) -> LoraPair:
     """Return the first `rank` rows of A and columns of B, with the scale unchanged."""
     if not 1 <= rank <= pair.rank:
         raise AdapterMismatch(f"rank {pair.rank} cannot be truncated to {rank}")
+    pair = pair.plain()
     return LoraPair(pair.A[:rank].clone(), pair.B[:, :rank].clone(), pair.scale)
 
 

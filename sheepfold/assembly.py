@@ -137,6 +137,8 @@ def assemble(experiment: Experiment, plan: BatchPlan | None = None) -> Parts:
         _try(name, metric, data)
     start = read_start(experiment, outline.model)
     ranks = clients_ranks(experiment, outline, list(data.clients))
+    if experiment.adapter.method == "lora":
+        check_patterns(experiment, find_targets(outline.model, experiment.adapter.targets))
     # the heavy part, when all else is known to be there
     base = load_base(experiment.model, experiment.device, tokenizer)
     train_rows = {name: rows.train for name, rows in data.clients.items()}
@@ -147,7 +149,7 @@ def assemble(experiment: Experiment, plan: BatchPlan | None = None) -> Parts:
         initial = engine.initial()
     else:
         initial = first_adapter(experiment, sites, start, setting)
-    check_patterns(experiment, initial)
+    check_patterns(experiment, [name.rpartition("/")[0] for name in initial.tensors()])
     first = made.begin(ServerState(0, initial, engine.plan, setting=setting))
     numbers = first.adapter.numbers_in_training
     engine.plan = plan or planning.batch_plan(experiment.train, numbers, chosen.size, base.device)
@@ -164,7 +166,10 @@ def clients_ranks(experiment: Experiment, outline: Outline, clients: list[str]) 
     layers = find_targets(outline.model, experiment.adapter.targets)
     shapes = {path: linear_shape(layer) for path, layer in layers.items()}
     base_bytes = outline.parameters * outline.dtype.itemsize
-    room = partial(memory_need, shapes, base_bytes=base_bytes, activation_bytes=_activation_bytes(experiment, outline))
+
+    def room(ranks: Mapping[str, int]) -> int:
+        return memory_need(shapes, ranks, base_bytes, _activation_bytes(experiment, outline))
+
     return client_ranks(experiment.adapter.ranks, experiment.adapter.rank, clients, shapes, experiment.seed, room)
 
 
@@ -206,7 +211,8 @@ def _activation_bytes(experiment: Experiment, outline: Outline) -> int:
     34 bytes a token, layer and unit of width in half precision, as a transformer block without recomputation keeps
     (Korthikanti et al., arXiv:2205.05198, eq. 2, without its attention maps, which sdpa does not keep).
     """
-    config: Any = outline.model.config
+    whole: Any = outline.model.config
+    config = whole.get_text_config()  # of a model that also sees, the part that reads
     layers, width = int(config.num_hidden_layers), int(config.hidden_size)
     rows = experiment.train.micro_rows or experiment.train.batch_rows
     return 34 * rows * experiment.data.max_tokens * layers * width * outline.dtype.itemsize // 2

@@ -20,6 +20,7 @@ from sheepfold.assembly import (
 from sheepfold.config import Experiment
 from sheepfold.local.steps import steps_in_round
 from sheepfold.models import Outline, config_only, load_tokenizer, pick_device
+from sheepfold.personal import check_patterns
 from sheepfold.ranks import adapter_numbers
 from sheepfold.sampler import sampler
 from sheepfold.state import BatchPlan, ServerState
@@ -111,12 +112,16 @@ def _traffic(
 ) -> tuple[float | None, float | None]:
     """Return the bytes of a client's assignment and update in round 1, the mean over clients; None: not foreseen."""
     if experiment.adapter.method != "lora":
-        return 4.0 * numbers, 4.0 * numbers
+        size = numbers * (outline.dtype.itemsize if experiment.adapter.method == "full" else 4)
+        return float(size), float(size)
     if made.beyond_peft:
         return None, None  # its first rounds are made from the base's weights, which are not loaded here
     sites = find_targets(outline.model, experiment.adapter.targets)
     start = read_start(experiment, outline.model)
-    state = replace(state, adapter=first_adapter(experiment, sites, start, state.setting))
+    check_patterns(experiment, sites)
+    state = made.begin(replace(state, adapter=first_adapter(experiment, sites, start, state.setting)))
+    # a mean gradient travels beside what trained (scaffold's change of variates)
+    copies = 2 if made.local is not None and made.local.mean_gradient else 1
     cache = dict[int, tuple[int, int]]()
     each = []
     for client in state.setting.clients:
@@ -128,7 +133,7 @@ def _traffic(
                 for n, t in handed.adapter.tensors().items()
                 if kind(n) not in handed.frozen and not made.private(n)
             }
-            cache[kind_of_client] = handed.nbytes, nbytes(up)
+            cache[kind_of_client] = handed.nbytes, copies * nbytes(up)
         each.append(cache[kind_of_client])
     down, up_ = np.array(each).mean(0)
     return float(down), float(up_)

@@ -110,7 +110,9 @@ class RunFolder:
             raise CheckpointError(f"{self.path / 'rounds.jsonl'}: a line is not JSON; was it edited?") from None
 
     def rewind(self, round: int) -> None:
-        """Drop the journal's lines from after this round."""
+        """Drop the journal's lines and the kept states from after this round: what clients kept then goes too."""
+        for later in (r for r in self.kept_rounds() if r > round):
+            self.kept(later).unlink()
         kept = [line for line in self.lines() if line["round"] <= round]
         content = "".join(json.dumps(line) + "\n" for line in kept)
         states.write_atomic(self.path / "rounds.jsonl", content.encode())

@@ -1,6 +1,6 @@
 """Adapters of a client's own: what stays with it, and what cannot go together. joining.py makes and judges them."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
@@ -32,9 +32,8 @@ def check_personal(experiment: Experiment, made: Strategy) -> None:
         )
 
 
-def check_patterns(experiment: Experiment, initial: Adapter) -> None:
-    """Raise ConfigError for a keep_local pattern that keeps nothing."""
-    paths = {name.rpartition("/")[0] for name in initial.tensors()}
+def check_patterns(experiment: Experiment, paths: Collection[str]) -> None:
+    """Raise ConfigError for a keep_local pattern that keeps none of these modules."""
     for pattern in experiment.personal.keep_local:
         if not any(_matches(path, pattern) for path in paths):
             raise ConfigError(

@@ -9,7 +9,6 @@ takes: M V V^T is the projection that Eckart and Young ask for, so A = V^T and B
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -31,10 +30,10 @@ DEGREE = 9
 
 
 class ProductSum:
-    """A running weighted mean of the products of pairs of any ranks and scales, in memory bounded by one matrix.
+    """A running weighted mean of the products of pairs of any ranks and scales, in the memory of a few such matrices.
 
-    `dtype` is what sums are kept in and pairs come back in. In float32 a decomposition is made on Gram matrices in
-    float64, which see singular values down to 1e-8 of the largest, below float32's own 1e-7; in float64 it is an SVD.
+    `dtype` is what sums are kept in and pairs come back in. In float32, what is decomposed exactly is a Gram matrix in
+    float64, which sees singular values down to 1e-8 of the largest, below float32's own 1e-7; in float64 it is an SVD.
     The same pairs in the same order give the same bits.
     """
 
@@ -168,8 +167,8 @@ def search(N: Tensor, G: Tensor, rank: int, rounding: float) -> Tensor | None:
     """
     width = rank + max(rank // 2, 32)
     V = torch.randn(G.shape[0], width, generator=torch.Generator().manual_seed(0)).to(G)
-    values, V, _ = _ritz(lambda Q: G @ Q, G @ (G @ V))
-    values, V, residuals = _ritz(lambda Q: G @ Q, _filter(G, V, values, DEGREE))
+    values, V, _ = _ritz(G, G @ (G @ V))
+    values, V, residuals = _ritz(G, _filter(G, V, values, DEGREE))
     N = N.double()
     energy = float(torch.linalg.vector_norm(N)) ** 2
     for _ in range(ROUNDS):
@@ -188,7 +187,7 @@ def search(N: Tensor, G: Tensor, rank: int, rounding: float) -> Tensor | None:
         growth = 2 * math.acosh(2 * least / max(cut, slack) - 1)
         degree = math.ceil(math.log(100 * max(missed / allowed, 1)) / growth)
         V = _filter(G, V.to(G.dtype), values, max(2, min(DEGREE, degree)))
-        values, V, residuals = _ritz(lambda Q: N.T @ (N @ Q), V.double())
+        values, V, residuals = _ritz(G, V, N)
     return None
 
 
@@ -227,11 +226,15 @@ def _filter(G: Tensor, V: Tensor, values: Tensor, degree: int) -> Tensor:
     return now
 
 
-def _ritz(times_G: Callable[[Tensor], Tensor], V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return G's Ritz values on the span of V, descending, their orthonormal vectors, and the residuals."""
-    Q = torch.linalg.qr(V).Q
-    Z = times_G(Q)
-    values, turn = torch.linalg.eigh(Q.T @ Z)
+def _ritz(G: Tensor, V: Tensor, N: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return G's Ritz values on the span of V, descending, their orthonormal vectors, and the residuals.
+
+    With N, in float64, the values are those of N^T N. Residuals have G's digits: a bound takes their squares.
+    """
+    Q = torch.linalg.qr(V if N is None else V.double()).Q
+    Z = (G @ Q.to(G.dtype)).to(Q.dtype)
+    Y = None if N is None else N @ Q
+    values, turn = torch.linalg.eigh(Q.T @ Z if Y is None else Y.T @ Y)
     values, turn = values.flip(0), turn.flip(1)
     V = Q @ turn
     return values, V, Z @ turn - V * values
@@ -242,9 +245,9 @@ def _gram(N: Tensor, dtype: torch.dtype) -> Tensor:
     N, n = N.to(dtype), N.shape[1]
     G = torch.empty(n, n, dtype=dtype, device=N.device)
     for start in range(0, n, step := max(256, n // 4)):
-        panel = slice(start, start + step)
+        panel, below = slice(start, start + step), slice(start + step, n)
         G[start:, panel] = N[:, start:].T @ N[:, panel]
-        G[panel, start:] = G[start:, panel].T.clone()  # the diagonal block is in both
+        G[panel, below] = G[below, panel].T
     return G
 
 

@@ -108,6 +108,7 @@ def save(state: ServerState, path: Path) -> None:
         "format": FORMAT,
         "round": state.round,
         "scales": {name: pair.scale for name, pair in state.adapter.pairs.items()},
+        "side_scales": {name: pair.scale for name, pair in state.side.pairs.items()},
         "shapes": {name: sparse.shape for name, sparse in state.adapter.sparse.items()},
         "plan": asdict(state.plan),
         "drawn": dict(state.drawn),
@@ -142,7 +143,6 @@ def load(path: Path, setting: Setting = Setting()) -> ServerState:
     for name, tensor in tensors.items():
         part, _, rest = name.partition(":")
         parts[part][rest] = tensor
-    sides = {name.removesuffix("/A"): 1.0 for name in parts["side"] if name.endswith("/A")}  # theirs is always 1
     return ServerState(
         round=head["round"],
         adapter=from_tensors(parts["adapter"], head["scales"], head["shapes"]),
@@ -150,7 +150,7 @@ def load(path: Path, setting: Setting = Setting()) -> ServerState:
         drawn=head["drawn"],
         memory=parts["memory"],
         best=Best(**head["best"]) if head["best"] else None,
-        side=from_tensors(parts["side"], sides),
+        side=from_tensors(parts["side"], head["side_scales"]),
         setting=setting,
     )
 

@@ -46,6 +46,10 @@ def carrier(
     return PeftCarrier(model, settings, seed)
 
 
+MOST_KINDS = 8
+"""PEFT adapters of different ranks that a model holds at once."""
+
+
 class LoraCarrier:
     """LoRA through PEFT. Clients of other ranks get PEFT adapters of their own in the same model."""
 
@@ -55,6 +59,7 @@ class LoraCarrier:
         self._dropout = dropout
         self._names: dict[tuple[tuple[str, int, float], ...], str] = {}
         self._active = ""
+        self._made = 0
 
     def write(self, adapter: Adapter) -> None:
         _check_sites(adapter, self._sites)
@@ -92,7 +97,9 @@ class LoraCarrier:
 
         kind = tuple(sorted((path, pair.rank, pair.scale) for path, pair in adapter.pairs.items()))
         new = kind not in self._names
-        name = self._names.setdefault(kind, f"kind{len(self._names)}")
+        if new:
+            self._made += 1
+        name = self._names.setdefault(kind, f"kind{self._made}")
         if name == self._active:
             return
         if new:
@@ -111,6 +118,9 @@ class LoraCarrier:
                 self.model = get_peft_model(self.model, config, adapter_name=name)
         self.model.set_adapter(name)
         self._active = name
+        while len(self._names) > MOST_KINDS:  # ranks that grow or shrink would pile up
+            oldest = next(kind for kind, known in self._names.items() if known != name)
+            self.model.delete_adapter(self._names.pop(oldest))
         wide = next(iter(adapter.pairs.values())).A.dtype
         for path in self._sites if new else ():
             for part in (self._module(path).lora_A[name], self._module(path).lora_B[name]):
@@ -232,13 +242,15 @@ class SideHooks:
 
     def __init__(self, model: Any, sites: Sequence[str]) -> None:
         self._chains: dict[str, list[Tensor]] = {}
+        self._side = Adapter()
         self._first = next(model.parameters())
         for path in sites:
             model.get_submodule(path).register_forward_hook(partial(self._add, path))
 
     def put(self, side: Adapter) -> None:
         """Add this from now on."""
-        self._chains = chains(side, self._first.device, self._first.dtype)
+        if side is not self._side:
+            self._side, self._chains = side, chains(side, self._first.device, self._first.dtype)
 
     def _add(self, path: str, _layer: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor | None:
         if path not in self._chains:

@@ -19,6 +19,7 @@ from sheepfold.engines.batches import Batch, Row, batches
 from sheepfold.engines.common import FIRST_LOSS_SCALE, Local
 from sheepfold.engines.dropout import RowKeys
 from sheepfold.engines.injection import Selection, Stack, chains, stacked
+from sheepfold.errors import TrainingError
 from sheepfold.local import optimizers
 from sheepfold.local.rules import Factors, LocalRule
 from sheepfold.local.steps import lr_factor, step_rows
@@ -63,7 +64,14 @@ class Pass:
         self.everyone = self.clients = list(clients)
         self.rule = rule or LocalRule()
         self.clock = _Clock()
-        first = clients[0].assignment  # a round's side and frozen kinds are everybody's
+        first = clients[0].assignment
+        for other in (c.assignment for c in clients):
+            apart = other.side is not first.side and (other.side.pairs or first.side.pairs)
+            if other.frozen != first.frozen or apart:
+                raise TrainingError(
+                    f"round {first.round + 1}: clients {first.client!r} and {other.client!r} freeze other kinds, or "
+                    "have different sides; the cohort engine trains a pass alike: use train.engine peft_model"
+                )
         self.side = chains(first.side, engine.device, engine.dtype)
         self.stack = stacked([c.start for c in clients], engine.device, grad=True, frozen=first.frozen)
         self.anchor = self._anchor() if self.rule.penalty else None

@@ -267,10 +267,11 @@ class Site(nn.Module):
         if selection.keys is not None and len(chain) > 1:  # LoRA's dropout; a weight's own change has none
             x = dropout(x, selection.dropout, selection.keys, self.order)
         index = selection.index
+        through = _through if len(chain) > 1 else _one_by_one  # a weight's own change is as large as the weight
         if len(index) != len(x) and len(selection.stack) > 1:
             x = x.view(len(index), -1, x.shape[-1])  # families that flatten rows and tokens
         for matrices in chain:
-            x = _through(x, matrices.to(x.dtype), index)
+            x = through(x, matrices.to(x.dtype), index)
         return x
 
 
@@ -279,6 +280,16 @@ def _through(x: Tensor, matrices: Tensor, index: Tensor) -> Tensor:
     if len(matrices) == 1:
         return F.linear(x, matrices[0])
     return torch.bmm(x, _each_row(matrices, index).transpose(1, 2))
+
+
+def _one_by_one(x: Tensor, matrices: Tensor, index: Tensor) -> Tensor:
+    """Return what `_through` does, client after client: no row gets a copy of its client's matrix."""
+    if len(matrices) == 1:
+        return F.linear(x, matrices[0])
+    order = torch.argsort(index, stable=True)
+    parts = torch.split(x[order], torch.bincount(index, minlength=len(matrices)).tolist())
+    done = torch.cat([F.linear(part, matrix) for part, matrix in zip(parts, matrices, strict=True)])
+    return done[torch.argsort(order)]
 
 
 class CohortModel:

@@ -84,7 +84,6 @@ class PeftModelEngine(LocalEngine):
             scale = self._step(job, step, optimizer, scale)
             self.on_step(1)
         self.carrier.model.eval()
-        self.side.put(Adapter())
         client.adapter = self.carrier.read()
         client.mean_gradient = {n: (g / max(1, client.good_steps)).cpu() for n, g in job.gradients.items()}
         # one figure: plain loops overlap nothing, and splitting it would need a synchronisation at every call
@@ -184,6 +183,7 @@ class PeftModelEngine(LocalEngine):
 
     def _show(self, adapter: Adapter) -> None:
         """Make the model carry an adapter for evaluation: without dropout, which PEFT's fresh layers have on."""
+        self.side.put(Adapter())
         self.carrier.write(adapter)
         self.carrier.model.eval()
 

@@ -80,6 +80,8 @@ def _places(names: tuple[str, ...]) -> list[tuple[str, bool]]:
     for name in names[:-1]:
         if name in FOLDS:
             raise ConfigError(f"{KEY}: {name} says how updates fold, so it comes last; found {', '.join(names)}")
+        if names.count(name) > 1:
+            raise ConfigError(f"{KEY}: {name} is there twice; found {', '.join(names)}")
     return [(name, i == len(names) - 1) for i, name in enumerate(names)]
 
 

@@ -90,9 +90,24 @@ Cut = Callable[[LoraPair, int, float], LoraPair]
 
 def cut_to(state: ServerState, ranks: Mapping[str, int], by: Cut = cut) -> Adapter:
     """Return the global adapter cut to these ranks, `by` one of the above; a pair of rank r gets scale alpha / r."""
-    alpha = state.setting.alpha
-    pairs = {name: by(pair, ranks[name], alpha / ranks[name]) for name, pair in state.adapter.pairs.items()}
-    return replace(state.adapter, pairs=pairs)
+    if not (_cuts and _cuts[-1].of is state.adapter):
+        _cuts[:] = [_Cuts(state.adapter, {})]
+    key, alpha = (id(by), tuple(ranks.items())), state.setting.alpha
+    made = _cuts[-1].made
+    if key not in made:
+        pairs = {name: by(pair, ranks[name], alpha / ranks[name]) for name, pair in state.adapter.pairs.items()}
+        made[key] = replace(state.adapter, pairs=pairs)
+    return made[key]
+
+
+@dataclass(slots=True)
+class _Cuts:
+    of: Adapter
+    made: dict[Any, Adapter]
+
+
+_cuts: list[_Cuts] = []
+"""What the last global adapter was cut to: clients of one type are handed one value, not a copy each."""
 
 
 def hand_out_cut(state: ServerState, client: str, lr: float) -> Assignment:

@@ -142,7 +142,11 @@ def current_ranks(state: ServerState, client: str) -> Mapping[str, int]:
     """Return a client's rank at each module, after what it pruned."""
     if RANKS not in state.memory:
         return ranks_of(state, client)
-    row = state.memory[RANKS][list(state.setting.clients).index(client)]
+    return _row(state, list(state.setting.clients).index(client))
+
+
+def _row(state: ServerState, number: int) -> Mapping[str, int]:
+    row = state.memory[RANKS][number]
     return dict(zip(sorted(state.adapter.pairs), row.tolist(), strict=True))
 
 
@@ -152,5 +156,6 @@ def _remembering(state: ServerState, returned: Mapping[str, Mapping[str, int]]) 
     ranks = {client: current_ranks(state, client) for client in returned}
     if all(returned[c][m] == ranks[c][m] for c in returned for m in modules):
         return state.memory
-    known = [returned.get(c) or current_ranks(state, c) for c in clients]
+    before = [_row(state, i) if RANKS in state.memory else ranks_of(state, c) for i, c in enumerate(clients)]
+    known = [returned.get(c) or own for c, own in zip(clients, before, strict=True)]
     return {**state.memory, RANKS: torch.tensor([[ranks[m] for m in modules] for ranks in known])}
