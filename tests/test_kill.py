@@ -156,12 +156,22 @@ def unkilled(run_in_a_process, tmp_path_factory):
     return find
 
 
+def _lines(journal: Path) -> int:
+    return len(journal.read_bytes().splitlines()) if journal.exists() else 0
+
+
 def killed_and_resumed(begin, method: str, folder: Path, seconds: float, kills: int, draw: random.Random) -> int:
-    """Kill a run as many times at random moments, and let it end; return how many of the kills hit a running one."""
-    hit = 0
+    """Kill a run as many times, each a random moment after a further round or two, and let it end.
+
+    Returns how many of the kills hit a running one. It waits for the journal, so a busy machine kills no less.
+    """
+    hit, journal = 0, folder / "runs" / "small" / "rounds.jsonl"
     for _ in range(kills):
+        until = _lines(journal) + draw.randint(1, 2)
         process = begin(folder, method)
-        time.sleep(draw.uniform(0.1, 0.9) * seconds)
+        while process.is_alive() and _lines(journal) < until:
+            time.sleep(0.001)
+        time.sleep(draw.uniform(0, seconds / 10))
         hit += process.is_alive()
         process.kill()
         process.join()
