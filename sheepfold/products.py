@@ -58,7 +58,7 @@ class ProductSum:
         self.weight += weight
         B = pair.B.detach().to(self.dtype) * (weight * pair.scale)
         self._parts.append((B, pair.A.detach().to(self.dtype, copy=True)))
-        if self._rank() > (min(expected) if self._dense is None else min(expected) // 4):
+        if self._rank() >= (min(expected) if self._dense is None else max(1, min(expected) // 4)):
             self._collapse()
 
     def best_rank(self, rank: int, scale: float = 1.0) -> LoraPair:
@@ -127,10 +127,9 @@ class ProductSum:
             Vh: Tensor = torch.linalg.svd(N, full_matrices=False).Vh
             return Vh[:rank].T
         norm = float(torch.linalg.vector_norm(N, dtype=torch.float64))
-        if may_search and norm > 0 and N.shape[1] >= max(SMALL, NARROW * rank):
-            N = N / norm
+        if may_search and N.shape[1] >= max(SMALL, NARROW * rank) and 1e-12 < norm < 1e12:  # float32 holds its square
             for dtype in (torch.float32, torch.float64):
-                found = search(N, _gram(N, dtype), rank, 4 * torch.finfo(self.dtype).eps)
+                found = search(N, _gram(N, dtype), rank, 4 * torch.finfo(self.dtype).eps * norm)
                 if found is not None:
                     return found
         return _last(torch.linalg.eigh(_gram(N, torch.float64)).eigenvectors, rank)
@@ -158,9 +157,9 @@ def best_rank(pair: LoraPair, rank: int, scale: float = 1.0) -> LoraPair:
 def search(N: Tensor, G: Tensor, rank: int, rounding: float) -> Tensor | None:
     """Return `rank` orthonormal vectors that hold nearly as much of G's trace as any, or None where that is unproven.
 
-    N: (m, n), of Frobenius norm 1; G: N^T N in float32 or float64, which sets how far down the search can see; returns
-    (n, rank) in float64, the largest Ritz value first. What they miss is at most EXCESS of what the best `rank` vectors
-    leave over, or rounding^2 where that is more: that bounds the squared error of N V V^T, and a half of it the error.
+    N: (m, n); G: N^T N in float32 or float64, which sets how far down the search can see; returns (n, rank) in float64,
+    the largest Ritz value first. What they miss is at most EXCESS of what the best `rank` vectors leave over, or
+    rounding^2 where that is more: that bounds the squared error of N V V^T, and a half of it the error.
     Chebyshev-filtered subspace iteration: the polynomial is small from 0 to the least Ritz value held and grows fast
     above it, which a flat spectrum needs. What is proven is proven with N in float64.
     Source: Zhou, Saad, Tiago and Chelikowsky, J. Comput. Phys. 219 (2006), 172-184.
@@ -169,8 +168,7 @@ def search(N: Tensor, G: Tensor, rank: int, rounding: float) -> Tensor | None:
     V = torch.randn(G.shape[0], width, generator=torch.Generator().manual_seed(0)).to(G)
     values, V, _ = _ritz(G, G @ (G @ V))
     values, V, residuals = _ritz(G, _filter(G, V, values, DEGREE))
-    N = N.double()
-    energy = float(torch.linalg.vector_norm(N)) ** 2
+    energy = float(torch.linalg.vector_norm(N, dtype=torch.float64)) ** 2
     for _ in range(ROUNDS):
         top, least, cut = (float(values[i]) for i in (0, rank - 1, -1))
         left_over = energy - float(values[:rank].sum())
@@ -229,12 +227,17 @@ def _filter(G: Tensor, V: Tensor, values: Tensor, degree: int) -> Tensor:
 def _ritz(G: Tensor, V: Tensor, N: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Return G's Ritz values on the span of V, descending, their orthonormal vectors, and the residuals.
 
-    With N, in float64, the values are those of N^T N. Residuals have G's digits: a bound takes their squares.
+    With N the values are those of N^T N in float64. Residuals have G's digits: a bound takes their squares.
     """
     Q = torch.linalg.qr(V if N is None else V.double()).Q
     Z = (G @ Q.to(G.dtype)).to(Q.dtype)
-    Y = None if N is None else N @ Q
-    values, turn = torch.linalg.eigh(Q.T @ Z if Y is None else Y.T @ Y)
+    H = Q.T @ Z
+    if N is not None:
+        H = torch.zeros_like(H)
+        for start in range(0, len(N), 1024):  # no float64 copy of all N
+            Y = N[start : start + 1024].double() @ Q
+            H.addmm_(Y.T, Y)
+    values, turn = torch.linalg.eigh(H)
     values, turn = values.flip(0), turn.flip(1)
     V = Q @ turn
     return values, V, Z @ turn - V * values
