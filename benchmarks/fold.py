@@ -52,6 +52,17 @@ class Case:
 
 
 KINDS = ("wall", "cpu")
+LEGEND = """Seconds: the sum + the best pair of the largest rank, in turns; 'CPU' is the ratio of processor seconds.
+'Apart' and 'off': how the pairs' products differ from each other and from float64's best; 'excess': how far our
+Frobenius error lies above the least possible. All three relative, the largest over all clients' ranks.
+"""
+HEAD = [
+    "| matrix | shape | ranks | svd s | ours s | times | CPU | apart | ours off | svd off | excess |",
+    "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+]
+MEMORY = """
+Peak resident memory above what the process had before (VmHWM; a process for each way, clients made one at a time), MiB:
+"""
 CASES = {
     "few": Case(16, 2048, 5632, (8, 16, 32, 64), (8, 16, 32, 64)),
     "types": Case(80, 2048, 5632, (8, 200, 30, 30), (8, 200, 200, 30)),
@@ -78,8 +89,10 @@ class Row:
     total_rank: int
     svd: Seconds
     ours: Seconds
-    difference: float  # of the pairs' products, ours from svd's: relative, the largest over the clients' ranks
-    excess: float  # of our Frobenius error over the least possible: relative, the largest over the clients' ranks
+    apart: float  # the pairs' products, ours from svd's; this and the next four: relative, largest over the ranks
+    ours_off: float  # from the product of the best pair in float64
+    svd_off: float
+    excess: float  # of our Frobenius error over the least possible
     svd_excess: float
     left_over: float  # the least possible error at the largest rank, relative to the matrix
 
@@ -158,17 +171,22 @@ def measure(name: str, d_out: int, d_in: int, count: int, make: Clients, repeat:
         theirs, seconds = timed(svd, pairs, ranks[-1])
         took["svd"].append(seconds)
     exact = mean(pairs)
-    energies = torch.linalg.eigvalsh(exact @ exact.T if d_out < d_in else exact.T @ exact).clamp(min=0)
-    difference, excess, svd_excess, least = 0.0, -1.0, -1.0, 0.0
+    wide = d_out < d_in
+    energies, V = torch.linalg.eigh(exact @ exact.T if wide else exact.T @ exact)
+    worst = torch.zeros(5, dtype=torch.float64)
     for r in ranks:
-        least = float(energies[:-r].sum().sqrt())
+        least = energies[:-r].clamp(min=0).sum().sqrt()
+        best = V[:, -r:] @ (V[:, -r:].T @ exact) if wide else (exact @ V[:, -r:]) @ V[:, -r:].T
         one, two = (p.B[:, :r].double() @ p.A[:r].double() for p in (mine, theirs))
-        difference = max(difference, float((one - two).norm() / two.norm()))
-        excess = max(excess, float((one - exact).norm()) / least - 1)
-        svd_excess = max(svd_excess, float((two - exact).norm()) / least - 1)
-    total_rank, left_over = sum(pair.rank for pair, _ in pairs), least / float(exact.norm())
-    shape, both = f"{d_out} x {d_in}", (median(took["svd"]), median(took["ours"]))
-    return Row(name, shape, count, total_rank, *both, difference, excess, svd_excess, left_over)
+        off = torch.stack([(one - two).norm(), (one - best).norm(), (two - best).norm()]) / best.norm()
+        excess = torch.stack([(one - exact).norm(), (two - exact).norm()]) / least - 1
+        worst = worst.maximum(torch.cat([off, excess]))
+    total_rank, left_over = sum(pair.rank for pair, _ in pairs), float(least / exact.norm())
+    apart, ours_off, svd_off, our_excess, svd_excess = worst.tolist()
+    return Row(
+        name, f"{d_out} x {d_in}", count, total_rank, median(took["svd"]), median(took["ours"]),
+        apart, ours_off, svd_off, our_excess, svd_excess, left_over,
+    )  # fmt: skip
 
 
 def mean(pairs: list[tuple[LoraPair, float]]) -> Tensor:
@@ -237,33 +255,23 @@ def write(args: argparse.Namespace, case: Case, rows: list[Row], resident: dict[
     machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
     today, spectrum = datetime.date.today().isoformat(), "flat" if args.flat else "decaying"
     lines = [f"# Folding {case.clients} clients of mixed ranks, {today}, width {case.width}, {spectrum} products", ""]
-    lines += [f"{machine}; float32; load average {os.getloadavg()[1]:.1f}, with what others ran meanwhile."]
     lines += [
-        f"Seconds: the sum + the best pair of the largest rank, taken in turns, median of {args.repeat}; 'CPU' is the"
+        f"{machine}; float32; load average {os.getloadavg()[1]:.1f}, with what others ran; median of {args.repeat}."
     ]
-    lines += ["ratio of processor seconds. Differences and excesses are the largest over all clients' ranks.", ""]
-    lines += ["| matrix | shape | ranks in all | svd s | ours s | times | CPU | products differ by | excess | svd's |"]
-    lines += ["|---|---|---:|---:|---:|---:|---:|---:|---:|---:|"]
+    lines += [LEGEND, *HEAD]
     for r in rows:
-        parts = " | ".join(f"{took.sum:.2f} + {took.wall - took.sum:.2f}" for took in (r.svd, r.ours))
-        lines.append(
-            f"| {r.name} | {r.shape} | {r.total_rank} | {parts} | {r.svd.wall / r.ours.wall:.1f} "
-            f"| {r.svd.cpu / r.ours.cpu:.1f} | {r.difference:.1e} | {r.excess:.1e} | {r.svd_excess:.1e} |"
-        )
+        parts = [f"{took.sum:.2f} + {took.wall - took.sum:.2f}" for took in (r.svd, r.ours)]
+        ratios = [f"{r.svd.wall / r.ours.wall:.1f}", f"{r.svd.cpu / r.ours.cpu:.1f}"]
+        errors = [f"{error:.1e}" for error in (r.apart, r.ours_off, r.svd_off, r.excess)]
+        lines.append(f"| {' | '.join([r.name, r.shape, str(r.total_rank), *parts, *ratios, *errors])} |")
     total = {w: {k: sum(r.count * getattr(getattr(r, w), k) for r in rows) for k in KINDS} for w in ("svd", "ours")}
     times = {kind: total["svd"][kind] / total["ours"][kind] for kind in KINDS}
-    whole = " | ".join(f"{total[way]['wall']:.2f}" for way in ("svd", "ours"))
-    lines += [
-        f"| all {sum(r.count for r in rows)} | | | {whole} | **{times['wall']:.1f}** | {times['cpu']:.1f} | | | |"
-    ]
+    cells = [f"{total['svd']['wall']:.2f}", f"{total['ours']['wall']:.2f}", f"**{times['wall']:.1f}**"]
+    lines.append(f"| all {sum(r.count for r in rows)} | | | {' | '.join(cells)} | {times['cpu']:.1f} | | | | |")
     if any(r.count > 1 for r in rows):
         lines += ["", "One matrix of each shape is timed; the total counts it as often as its name has matrices."]
     if resident:
-        lines += [
-            "",
-            "Peak resident memory above what the process had before (VmHWM; a process for each way, clients made",
-        ]
-        lines += ["one at a time), MiB:", "", "| shape | svd | ours |", "|---|---:|---:|"]
+        lines += [MEMORY, "| shape | svd | ours |", "|---|---:|---:|"]
         lines += [f"| {shape} | {ways['svd']:.0f} | {ways['ours']:.0f} |" for shape, ways in resident.items()]
     text = "\n".join(lines) + "\n"
     print("\n" + text)
