@@ -269,8 +269,19 @@ class GenerationSettings(Section):
     """Sample from the likeliest tokens that hold this share of the probability."""
     top_k: Annotated[int, Field(ge=0)] = 0
     """Sample from this many likeliest tokens; 0: no limit."""
+    beams: Positive = 1
+    """Search this many beams for the likeliest answer; 1: no search. More than one needs temperature 0."""
     batch_rows: Positive = 64
     """Rows generated together."""
+
+    @model_validator(mode="after")
+    def _search_or_sample(self) -> Self:
+        if self.beams > 1 and self.temperature > 0:
+            raise ValueError(
+                f"beams {self.beams} and temperature {self.temperature} are both set; search (temperature 0) or sample "
+                "(beams 1)"
+            )
+        return self
 
 
 class EvaluationSettings(Section):

@@ -50,3 +50,8 @@ def suggest(name: str, known: Iterable[str]) -> str:
     near = get_close_matches(name, names, n=3, cutoff=0.6)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return f"{hint}known: {', '.join(near + [n for n in names if n not in near])}"
+
+
+def missing_extra(what: str, library: str, extra: str) -> ConfigError:
+    """Return the error for a part whose optional library is not installed."""
+    return ConfigError(f"{what} needs {library}, which is not installed: pip install 'sheepfold[{extra}]'")

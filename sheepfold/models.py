@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sheepfold import quantised
 from sheepfold.config import ModelSettings
 from sheepfold.errors import ConfigError, ModelError
 from sheepfold.loading import first_line, one_line, quiet
@@ -65,18 +66,23 @@ class Outline:
     """Longest sequence that the model takes; None where positions are unlimited."""
 
 
-def load_base(settings: ModelSettings, device: str = "auto", tokenizer: Any = None) -> Base:
+def load_base(settings: ModelSettings, device: str = "auto", tokenizer: Any = None, bits: int | None = None) -> Base:
     """Return the base that the settings name, frozen and silent, on the device; `tokenizer`: one already loaded.
 
+    bits: 8 or 4 quantise the linear layers with bitsandbytes (LLM.int8(), arXiv:2208.07339; NF4, arXiv:2305.14314).
     Raises ModelError (one line: what, where, what next) for whatever cannot be loaded whole.
     """
     where, place = _find(settings.base), pick_device(device)
     config, dtype = _config(where, settings), pick_dtype(settings.dtype, place)
     tokenizer = tokenizer or _tokenizer(where, settings, config)
-    model = _weights(where, settings, dtype)
+    model = _weights(where, settings, dtype, quantised.options(bits, place, dtype) if bits is not None else {})
+    if bits is not None:
+        quantised.check(model, bits, place, settings.base)
     _check_vocabulary(tokenizer, model, settings.base)
     published = silence_dropout(model)
-    model.requires_grad_(False).eval().to(place)
+    model.requires_grad_(False).eval()
+    if bits is None:
+        model.to(place)  # quantised weights were put there as they were read
     return Base(model, tokenizer, settings.base, _fingerprint(where, config), place, dtype, published)
 
 
@@ -205,11 +211,11 @@ def _check_causal(config: Any, base: str) -> None:
         raise ModelError(f"model.base {base!r}: {kind} is not a causal language model; choose one (...ForCausalLM)")
 
 
-def _weights(where: str, settings: ModelSettings, dtype: torch.dtype) -> Any:
+def _weights(where: str, settings: ModelSettings, dtype: torch.dtype, more: Mapping[str, Any]) -> Any:
     """Return the model with all its weights; a missing tensor is an error, never a random one."""
     from transformers import AutoModelForCausalLM
 
-    options = {"revision": settings.revision, "dtype": dtype, **_attention(settings)}
+    options = {"revision": settings.revision, "dtype": dtype, **_attention(settings), **more}
     with quiet(), one_line(settings.base):
         model, report = AutoModelForCausalLM.from_pretrained(
             where, trust_remote_code=False, weights_only=True, output_loading_info=True, **options

@@ -58,6 +58,10 @@ class Chat:
             messages.insert(0, {"role": "system", "content": self.system})
         return messages
 
+    def prompt(self, record: Record) -> str:
+        """Return the text that the record's last answer would follow."""
+        return self._render(self.messages(record)[:-1], ask=True)
+
     def fingerprint(self, records: Sequence[Record]) -> str:
         # Rendering takes seconds, so what the texts follow from is taken instead.
         contents = [[(r.instruction, r.input), (r.output, "")] if not r.messages else _pairs(r) for r in records]

@@ -17,6 +17,7 @@ import numpy as np
 
 from sheepfold.data import token_cache
 from sheepfold.data.rows import Record, TokenRows
+from sheepfold.data.templates import Chat
 from sheepfold.data.turns import Template, record_turns
 from sheepfold.errors import DataError
 
@@ -98,6 +99,19 @@ def cut_row(row: Row, max_tokens: int, cut: str, keep: int = 0) -> tuple[Row, bo
     ids = (ids[:keep] + ids[keep + drop :])[:max_tokens]
     is_target = (is_target[:keep] + is_target[keep + drop :])[:max_tokens]
     return (ids, is_target, min(prompt_tokens - drop, max_tokens)), True
+
+
+def prompt_ids(record: Record, tokenizer: Any, template: Template) -> list[int]:
+    """Return the ids that the record's last answer would follow, as `tokenize` would have them; uncut."""
+    if isinstance(template, Chat):
+        return text_ids(template.prompt(record), tokenizer)
+    ((ids, _, prompt_tokens), _) = next(_rows([record], tokenizer, template))
+    return ids[:prompt_tokens]
+
+
+def text_ids(text: str, tokenizer: Any) -> list[int]:
+    """Return a text's ids, without special tokens but those that are written in it."""
+    return _encode(tokenizer, [text])[0]
 
 
 def _rows(records: Sequence[Record], tokenizer: Any, template: Template) -> Iterator[tuple[Row, int]]:

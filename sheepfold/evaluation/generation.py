@@ -53,7 +53,8 @@ def generate(
             on_batch(rows)
         ids, mask = pad_left([prompts[row] for row in rows], pad_token_id)
         draws = Draws([prompts[row] for row in rows], settings, seed) if settings.temperature else None
-        new = _run(model, ids, mask, new_tokens, pad_token_id, eos_token_ids, draws)
+        config = decoding(new_tokens, settings.beams, pad_token_id, eos_token_ids)
+        new = decode(model, ids, mask, config, [draws] if draws is not None else [])
         for row, tokens in zip(rows, new.tolist(), strict=True):
             answers[row] = until(tokens, eos_token_ids)
     return answers
@@ -66,14 +67,19 @@ class Draws:
     arXiv:1411.0030).
     """
 
-    def __init__(self, prompts: Sequence[Tensor], settings: GenerationSettings, seed: int) -> None:
+    def __init__(
+        self, prompts: Sequence[Tensor], settings: GenerationSettings, seed: int, repeats: Sequence[int] = ()
+    ) -> None:
+        """repeats: a number for each row, so that one prompt asked several times gets several draws."""
         from transformers import TopKLogitsWarper, TopPLogitsWarper
 
         self.temperature = settings.temperature
         self.cuts = [TopKLogitsWarper(settings.top_k)] if settings.top_k else []
         self.cuts += [TopPLogitsWarper(settings.top_p)] if settings.top_p < 1 else []
         names = [hashlib.blake2b(prompt.long().cpu().numpy().tobytes()).hexdigest() for prompt in prompts]
-        self.streams = [torch_stream(seed, "generation", name) for name in names]
+        numbers = repeats or [0] * len(names)
+        addresses = [(name, number) if number else (name,) for name, number in zip(names, numbers, strict=True)]
+        self.streams = [torch_stream(seed, "generation", *address) for address in addresses]
 
     def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
         """ids: (rows, tokens so far), logits: (rows, vocabulary), returns: the same shape, float32."""
@@ -102,8 +108,13 @@ def until(tokens: Sequence[int], stop: Sequence[int]) -> list[int]:
     return list(tokens[:end])
 
 
+def room_for(length: int, max_new_tokens: int, limit: int | None) -> int:
+    """Return how many tokens may follow a prompt of this length, at most max_new_tokens."""
+    return max_new_tokens if limit is None else min(max_new_tokens, limit - length)
+
+
 def _room(row: int, length: int, max_new_tokens: int, limit: int | None) -> int:
-    room = max_new_tokens if limit is None else min(max_new_tokens, limit - length)
+    room = room_for(length, max_new_tokens, limit)
     if length == 0 or room < 1:
         raise DataError(
             f"generation: prompt {row} has {length} tokens and the model {limit} positions; an answer needs a "
@@ -119,32 +130,35 @@ def _batches(order: Sequence[int], room: Sequence[int], batch_rows: int) -> Iter
         yield from ((new_tokens, rows[i : i + batch_rows]) for i in range(0, len(rows), batch_rows))
 
 
-def _run(
-    model: Any,
-    ids: Tensor,
-    mask: Tensor,
-    new_tokens: int,
-    pad_token_id: int,
-    stop: Sequence[int],
-    draws: Draws | None,
-) -> Tensor:
-    """Return the new tokens, (rows, at most new_tokens)."""
+def decoding(new_tokens: int, beams: int, pad_token_id: int, eos_token_ids: Sequence[int]) -> Any:
+    """Return transformers' settings for this many new tokens: the likeliest ones, or those that processors choose."""
     from transformers import GenerationConfig
 
-    config = GenerationConfig(
+    return GenerationConfig(
         max_new_tokens=new_tokens,
         do_sample=False,
+        num_beams=beams,
         use_cache=True,
         pad_token_id=pad_token_id,
-        eos_token_id=list(stop) or None,
+        eos_token_id=list(eos_token_ids) or None,
     )
-    processors = [draws] if draws is not None else []
+
+
+def decode(
+    model: Any, ids: Tensor, mask: Tensor, config: Any, processors: Sequence[Any] = (), **watchers: Any
+) -> Tensor:
+    """Return the new tokens of prompts padded on the left, (rows, at most new tokens) int64 on the CPU.
+
+    ids, mask: (rows, longest prompt). processors change the logits of each step; watchers: transformers' own streamer
+    and stopping_criteria.
+    """
     with torch.no_grad(), _only(model, config):
         out = model.generate(
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),
             generation_config=config,
-            logits_processor=processors,
+            logits_processor=list(processors),
+            **watchers,
         )
     return out[:, ids.shape[1] :].cpu()  # type: ignore[no-any-return]
 

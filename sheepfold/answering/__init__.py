@@ -1,0 +1,1 @@
+"""What a run made, ready to answer: one base in memory, many adapters by name."""

@@ -1,0 +1,265 @@
+"""One base in memory, and everything that can be asked of it: answers, streams of answers, log-probabilities.
+
+open_source(find("runs/demo")) ─▶ Answering ─ prompt ─ answer | stream | score ─ under any of its adapters
+"""
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from threading import Lock
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from sheepfold.answering.carriers import Carrier, carrier
+from sheepfold.answering.prompts import Prompt, Prompter
+from sheepfold.answering.source import Source
+from sheepfold.answering.streaming import Piece, Recorder, Row, TokenScore, steps, token_scores
+from sheepfold.config import GenerationSettings
+from sheepfold.data import templates
+from sheepfold.data.rows import Message, Record
+from sheepfold.errors import ConfigError
+from sheepfold.evaluation.generation import Draws, decode, decoding, pad_left, room_for, until
+from sheepfold.models import Base, load_base, max_positions
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A whole answer."""
+
+    text: str
+    ids: tuple[int, ...]
+    """Without the end token."""
+    finished: str
+    """'stop': an end token or a stop string; 'length': no room for more."""
+
+
+def open_source(source: Source, device: str = "auto", bits: int | None = None) -> "Answering":
+    """Load a source's base, and make its adapters ready to be asked by name.
+
+    bits: 8 or 4 load the base quantised by bitsandbytes. Raises ModelError, AdapterMismatch or ConfigError.
+    """
+    base = load_base(source.model, device, bits=bits)
+    return Answering(source, base, carrier(source, base))
+
+
+class Answering:
+    """A base and its adapters, ready to answer; one request is computed at a time."""
+
+    def __init__(self, source: Source, base: Base, carried: Carrier) -> None:
+        self.source, self.base = source, base
+        self.names, self.default = source.names, source.default
+        self.template = templates.find(source.data, base.tokenizer)
+        model: Any = base.model
+        self.max_positions = max_positions(model.config)
+        self.prompter = Prompter(self.template, base.tokenizer, self.max_positions)
+        self._carrier = carried
+        self._lock = Lock()  # not reentrant, so that it can be freed by another thread than took it
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="answering")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the worker, and give the base back as it was."""
+        self._worker.shutdown()
+        self._carrier.close()
+
+    def check(self, name: str) -> str:
+        """Return the name, if there is one like it; raises ConfigError with the nearest ones."""
+        return self.source.check(name)
+
+    @contextlib.contextmanager
+    def using(self, names: Sequence[str]) -> Iterator[Any]:
+        """Yield the transformers model in which row i of a batch answers under names[i]; one name: every row.
+
+        One thread at a time: others wait. Raises ConfigError for names that the method cannot mix in a batch.
+        """
+        kinds = {self.check(name) for name in names}
+        if len(kinds) > 1 and not self._carrier.mixes:
+            raise ConfigError(f"{self.source.name}: only LoRA adapters share a batch; ask {sorted(kinds)} one by one")
+        with self._lock, self._carrier.using(names) as model:
+            yield model
+
+    def prompt(self, messages: Sequence[Message], max_new_tokens: int, turns: int | None = None) -> Prompt:
+        """Return the prompt for a conversation: see Prompter.of_messages."""
+        return self.prompter.of_messages(messages, max_new_tokens, turns)
+
+    def prompt_of(self, record: Record, max_new_tokens: int) -> Prompt:
+        """Return the prompt that training put before the record's answer."""
+        return self.prompter.of_record(record, max_new_tokens)
+
+    def raw_prompt(self, text: str, max_new_tokens: int) -> Prompt:
+        """Return plain text as a prompt."""
+        return self.prompter.of_text(text, max_new_tokens)
+
+    def stream(
+        self,
+        prompts: Sequence[Prompt],
+        names: Sequence[str],
+        settings: GenerationSettings,
+        *,
+        seed: int,
+        stop: Sequence[str] = (),
+        top_logprobs: int | None = None,
+    ) -> Iterator[Piece]:
+        """Yield every prompt's answer in pieces, all rows together; names: one for each prompt, or one for all.
+
+        With more than one beam a row's answer comes whole. top_logprobs: also score each token, with this many of the
+        likeliest. One seed gives one answer to a prompt; the same prompt twice under one name gets different draws.
+        Closing the iterator stops the model after its current step.
+        """
+        each = [self.check(name) for name in names] * (len(prompts) if len(names) == 1 else 1)
+        rows = [
+            Row(i, self.base.tokenizer, frozenset(self.base.stop_ids), tuple(stop), prompt.lead)
+            for i, prompt in enumerate(prompts)
+        ]
+        for group in self._groups(each):
+            one = _Batch(self, [prompts[i] for i in group], [each[i] for i in group], [rows[i] for i in group])
+            yield from one.pieces(settings, seed, top_logprobs)
+
+    def answer(
+        self,
+        prompts: Sequence[Prompt],
+        names: Sequence[str],
+        settings: GenerationSettings,
+        *,
+        seed: int,
+        stop: Sequence[str] = (),
+    ) -> list[Answer]:
+        """Return every prompt's whole answer, settings.batch_rows at a time: see stream."""
+        each = list(names) * (len(prompts) if len(names) == 1 else 1)
+        answers: list[Answer] = []
+        for first in range(0, len(prompts), settings.batch_rows):
+            part = slice(first, first + settings.batch_rows)
+            answers += self._whole(prompts[part], each[part], settings, seed, stop)
+        return answers
+
+    def _whole(
+        self, prompts: Sequence[Prompt], names: list[str], settings: GenerationSettings, seed: int, stop: Sequence[str]
+    ) -> list[Answer]:
+        texts, ids = [""] * len(prompts), [list[int]() for _ in prompts]
+        why = ["length"] * len(prompts)
+        for piece in self.stream(prompts, names, settings, seed=seed, stop=stop, top_logprobs=0):
+            texts[piece.row] += piece.text
+            ids[piece.row] += [token.id for token in piece.tokens]
+            why[piece.row] = piece.finished or why[piece.row]
+        return [Answer(t, tuple(i), w) for t, i, w in zip(texts, ids, why, strict=True)]
+
+    @torch.no_grad()
+    def score(
+        self, prompts: Sequence[Tensor], names: Sequence[str], top: int = 0, batch_rows: int = 16
+    ) -> list[list[TokenScore]]:
+        """Return the scores of every token after the first of each row, (tokens,) int64, under its name.
+
+        Log-probabilities are in nats, from float32 logits; `top` likeliest tokens stand beside each.
+        """
+        each = [self.check(name) for name in names] * (len(prompts) if len(names) == 1 else 1)
+        scores: list[list[TokenScore]] = [[] for _ in prompts]
+        for group in self._groups(each):
+            for first in range(0, len(group), batch_rows):
+                part = group[first : first + batch_rows]
+                for i, logits in zip(
+                    part, self._logits([prompts[i] for i in part], [each[i] for i in part]), strict=True
+                ):
+                    logprobs = torch.log_softmax(logits[:-1].float(), dim=-1).cpu()
+                    scores[i] = token_scores(logprobs, prompts[i][1:].tolist(), self.base.tokenizer, top)
+        return scores
+
+    def _logits(self, rows: Sequence[Tensor], names: Sequence[str]) -> list[Tensor]:
+        """Return each row's logits, (tokens, vocabulary)."""
+        ids = torch.nn.utils.rnn.pad_sequence(
+            list(rows), batch_first=True, padding_value=self.base.tokenizer.pad_token_id
+        )
+        lengths = torch.tensor([len(row) for row in rows])
+        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+        with self.using(names) as model:
+            out = model(input_ids=ids.to(self.base.device), attention_mask=mask.to(self.base.device)).logits
+        own = out[:, -ids.shape[1] :]  # soft prompts come before the row's own tokens
+        return [own[i, : len(row)] for i, row in enumerate(rows)]
+
+    def _groups(self, names: Sequence[str]) -> list[list[int]]:
+        """Return the rows that may share a batch: all of them, or those of one name each."""
+        if self._carrier.mixes:
+            return [list(range(len(names)))] if names else []
+        return [[i for i, own in enumerate(names) if own == name] for name in dict.fromkeys(names)]
+
+
+@dataclass(slots=True)
+class _Batch:
+    """Rows that are answered together."""
+
+    answering: Answering
+    prompts: Sequence[Prompt]
+    names: Sequence[str]
+    rows: Sequence[Row]
+
+    def pieces(self, settings: GenerationSettings, seed: int, top: int | None) -> Iterator[Piece]:
+        if settings.beams > 1:
+            yield from self._searched(settings, top)
+            return
+        recorder = Recorder(self.answering.base.tokenizer, top) if top is not None else None
+        each = steps(
+            lambda feed, left: self._run(settings, seed, recorder, feed, left), self.answering._worker, recorder
+        )
+        room = self._rooms(settings)
+        with contextlib.closing(each):
+            for tokens, scores in each:
+                for row, token, left in zip(self.rows, tokens, room, strict=True):
+                    if row.finished is not None:
+                        continue
+                    yield from _some(row.take(token, scores[self.rows.index(row)] if scores else None))
+                    if row.finished is None and len(row.ids) >= left:
+                        yield row.end("length")
+                if all(row.finished is not None for row in self.rows):
+                    return
+
+    def _rooms(self, settings: GenerationSettings) -> list[int]:
+        limit = self.answering.max_positions
+        return [room_for(len(p.ids), settings.max_new_tokens, limit) for p in self.prompts]
+
+    def _run(
+        self, settings: GenerationSettings, seed: int, recorder: Recorder | None, feed: Any = None, left: Any = None
+    ) -> Tensor:
+        base, ids = self.answering.base, [p.ids for p in self.prompts]
+        seen: Counter[tuple[str, bytes]] = Counter()
+        repeats = []
+        for name, row in zip(self.names, ids, strict=True):
+            key = (name, row.numpy().tobytes())
+            repeats.append(seen[key])
+            seen[key] += 1
+        processors: list[Any] = [recorder] if recorder else []
+        processors += [Draws(ids, settings, seed, repeats)] if settings.temperature else []
+        config = decoding(max(self._rooms(settings)), settings.beams, base.tokenizer.pad_token_id, base.stop_ids)
+        watchers = {} if feed is None else {"streamer": feed, "stopping_criteria": [left]}
+        with self.answering.using(self.names) as model:
+            return decode(model, *pad_left(ids, base.tokenizer.pad_token_id), config, processors, **watchers)
+
+    def _searched(self, settings: GenerationSettings, top: int | None) -> Iterator[Piece]:
+        """Yield each row's answer whole: which beam wins is known at the end."""
+        found = self.answering._worker.submit(self._run, settings, 0, None).result()
+        for row, tokens, left in zip(self.rows, found.tolist(), self._rooms(settings), strict=True):
+            ids = until(tokens, self.answering.base.stop_ids)[:left]
+            scores = self._scored(row, ids, top)
+            pieces = [row.take(token, score) for token, score in zip(ids, scores, strict=True) if row.finished is None]
+            last = [] if row.finished else [row.end("length" if len(ids) >= left else "stop")]
+            whole = [piece for piece in [*pieces, *last] if piece is not None]
+            said = tuple(token for piece in whole for token in piece.tokens)
+            yield Piece(row.number, "".join(piece.text for piece in whole), said, row.finished)
+
+    def _scored(self, row: Row, ids: list[int], top: int | None) -> Sequence[TokenScore | None]:
+        if top is None or not ids:
+            return [None] * len(ids)
+        at = self.rows.index(row)
+        whole = torch.cat([self.prompts[at].ids, torch.tensor(ids)])
+        return self.answering.score([whole], [self.names[at]], top)[0][-len(ids) :]
+
+
+def _some(piece: Piece | None) -> list[Piece]:
+    return [] if piece is None else [piece]
