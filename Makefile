@@ -21,8 +21,9 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 demo: $(VENV)/.ready ## ten clients teach one adapter eight tasks, in about a minute
 	@$(BIN)/sheepfold run
 
+# A process a core, each with one thread: models this small gain nothing from a second one.
 test: $(VENV)/.ready ## the plain suite
-	@$(BIN)/python -m pytest -m "not slow and not browser" tests
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not slow and not browser" tests
 
 test-slow: $(VENV)/.ready ## kill -9 at twenty random moments; Dolly
 	@$(BIN)/python -m pytest -m "slow" tests

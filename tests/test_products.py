@@ -92,7 +92,7 @@ def test_the_best_pair_is_as_near_as_any_of_its_rank_and_so_is_its_beginning(coh
 def test_rows_of_a_are_orthonormal_and_columns_of_b_orthogonal_and_descending(cohort, dtype):
     shape = mean(cohort).shape
     found = total(cohort, dtype).best_rank(min(shape), 0.5)
-    tolerance = 1e-5 if dtype == torch.float32 else 1e-10
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-10  # a small singular value's vectors feel its condition
     rows, columns = (found.A @ found.A.T).double(), (found.B.T @ found.B).double()
     kept = torch.diag((found.A != 0).any(1).double())
     assert (rows - kept).abs().max() < tolerance
