@@ -146,6 +146,8 @@ class Recorder:
 
 def token_scores(logprobs: Tensor, tokens: Sequence[int], tokenizer: Any, top: int) -> list[TokenScore]:
     """Return the scores of tokens[i] under logprobs[i], (places, vocabulary), with each place's `top` likeliest."""
+    if not tokens:
+        return []
     chosen = logprobs[torch.arange(len(tokens)), torch.tensor(tokens)].tolist()
     values, ids = logprobs.topk(top, dim=-1) if top else (torch.empty(len(tokens), 0),) * 2
     texts = tokenizer.batch_decode([[int(t)] for t in tokens], clean_up_tokenization_spaces=False)

@@ -80,6 +80,13 @@ def test_scores_are_the_merged_models_log_softmax(answering, oracles, ask):
             assert [[i for i, _, _ in s.top] for s in scores] == expected.topk(3).indices.tolist()
 
 
+def test_a_row_of_one_token_has_no_scores_and_changes_nobody_elses(answering, ask):
+    rows = [ask(QUESTIONS[0]).ids, torch.tensor([5])]
+    first, second = answering.score(rows, ["federated"])
+    assert second == []
+    assert [s.logprob for s in first] == pytest.approx([s.logprob for s in answering.score(rows[:1], ["federated"])[0]])
+
+
 def test_a_streams_scores_are_those_of_scoring_it_afterwards(answering, ask):
     prompt = ask(QUESTIONS[0])
     pieces = list(answering.stream([prompt], ["federated"], GREEDY, seed=0, top_logprobs=2))

@@ -1,0 +1,22 @@
+"""What several commands ask for in the same words."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Place = Annotated[
+    str | None,
+    typer.Argument(metavar="[RUN|ADAPTER|MODEL]", help="A run's folder, a PEFT folder or weights file, or a base."),
+]
+BaseName = Annotated[
+    str | None, typer.Option("--base", help="The base: hub id, folder or builtin:tiny; default: what the run says.")
+]
+AdapterConfig = Annotated[
+    Path | None, typer.Option(help="adapter_config.json, where it is not beside the adapter's weights.")
+]
+Template = Annotated[
+    str | None, typer.Option(help="Prompt template, as in data.template; default: the run's own, else auto.")
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
+Bits = Annotated[int | None, typer.Option(help="8 or 4: load the base quantised (needs sheepfold[quant]).")]

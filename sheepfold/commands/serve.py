@@ -1,0 +1,74 @@
+"""`sheepfold serve`: an OpenAI-compatible endpoint."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sheepfold.commands.options import AdapterConfig, BaseName, Bits, Device, Place, Template
+
+
+def command(
+    place: Place = None,
+    base: BaseName = None,
+    adapter_config: AdapterConfig = None,
+    template: Template = None,
+    device: Device = "auto",
+    bits: Bits = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; others than loopback need a token.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0: a free one, which is printed.")] = 8000,
+    token_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="File with the token that callers must bear; else $SHEEPFOLD_TOKEN. Never an option: ps shows them."
+        ),
+    ] = None,
+    new_tokens: Annotated[int, typer.Option(help="Most tokens of one answer.")] = 2048,
+    rows: Annotated[int, typer.Option(help="Most rows of one request: prompts times n times beams.")] = 64,
+    waiting: Annotated[int, typer.Option(help="Most requests that wait for the model; more get 429.")] = 32,
+    seconds: Annotated[float, typer.Option(help="Longest time for one request, waiting included.")] = 300,
+    body_bytes: Annotated[int, typer.Option(help="Largest request body.")] = 4 * 2**20,
+    body_seconds: Annotated[float, typer.Option(help="Longest time to receive a request, or to take a reply.")] = 20,
+    connections: Annotated[int, typer.Option(help="Most connections open at once.")] = 256,
+    access_log: Annotated[bool, typer.Option("--access-log", help="Write a line for each request.")] = False,
+) -> None:
+    """Serve a base and its adapters to OpenAI clients: chat and plain completions, streamed or whole."""
+    import importlib.util
+
+    from sheepfold.errors import missing_extra
+
+    for library in ("fastapi", "uvicorn"):
+        if importlib.util.find_spec(library) is None:
+            raise missing_extra("sheepfold serve", library, "serve")
+    from sheepfold.serve import server
+    from sheepfold.serve.limits import Limits
+
+    limits = Limits(
+        body_bytes=body_bytes,
+        new_tokens=new_tokens,
+        rows=rows,
+        waiting=waiting,
+        seconds=seconds,
+        body_seconds=body_seconds,
+        connections=connections,
+    )
+    token = server.read_token(token_file)
+    with server.bind(host, port) as taken:
+        server.check_open(host, taken, token)
+        from sheepfold.answering.model import open_source
+        from sheepfold.answering.source import find
+
+        try:
+            source = find(place, base=base, adapter_config=adapter_config, template=template)
+            with open_source(source, device, bits) as answering:
+                server.serve(
+                    answering,
+                    taken,
+                    limits,
+                    token=token,
+                    hosts=server.hosts_of(host, token),
+                    say=lambda line: typer.echo(line, err=False),
+                    access_log=access_log,
+                )
+        except KeyboardInterrupt:  # while the model was loaded
+            raise typer.Exit(130) from None
