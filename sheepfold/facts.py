@@ -1,11 +1,18 @@
 """What a run writes down and tells: its data, its start, and each round, as plain values."""
 
 from collections import Counter
+from importlib import metadata
 from typing import Any
 
 from sheepfold.assembly import Parts
+from sheepfold.data.rows import FederatedData
+from sheepfold.data.table import NONE
 from sheepfold.rounds import RoundReport
 from sheepfold.state import ServerState
+
+MOST_CATEGORIES = 80
+"""Categories that are counted by name, the most frequent; the rest are added up, so that no run's facts grow large."""
+LIBRARIES = ("sheepfold", "torch", "transformers")
 
 
 def data_facts(parts: Parts) -> dict[str, Any]:
@@ -21,6 +28,39 @@ def data_facts(parts: Parts) -> dict[str, Any]:
         "notes": list(data.notes),
         "tokens_from_cache": data.tokens_from_cache,
         "clients": sizes,
+        "categories": category_rows(data),
+        "ranks": _modules_by_rank(parts),
+        "versions": {library: metadata.version(library) for library in LIBRARIES},
+    }
+
+
+def category_rows(data: FederatedData) -> dict[str, Any]:
+    """Return the training rows of each client in each category: {names, rows: {client: {index of a name: rows}}}.
+
+    Zeros are left out. Beyond MOST_CATEGORIES the last name is '(n others)'.
+    """
+    held = {c: Counter(data.records[row].category or NONE for row in rows.train) for c, rows in data.clients.items()}
+    total = Counter[str]()
+    for counted in held.values():
+        total.update(counted)
+    ranked = [name for name, _ in total.most_common()]
+    kept = sorted(ranked if len(ranked) <= MOST_CATEGORIES else ranked[: MOST_CATEGORIES - 1])
+    number = {name: i for i, name in enumerate(kept)}
+    table: dict[str, dict[str, int]] = {}
+    for client, counted in held.items():
+        row = Counter[int]()
+        for name, rows in counted.items():
+            row[number.get(name, len(kept))] += rows
+        table[client] = {str(i): row[i] for i in sorted(row)}
+    others = [f"({len(ranked) - len(kept):,} others)"] if len(ranked) > len(kept) else []
+    return {"names": [*kept, *others], "rows": table}
+
+
+def _modules_by_rank(parts: Parts) -> dict[str, dict[str, int]]:
+    """Return how many modules of each client begin with which rank; nothing where all clients have the same."""
+    return {
+        client: {str(rank): count for rank, count in sorted(Counter(own.values()).items())}
+        for client, own in parts.setting.ranks.items()
     }
 
 

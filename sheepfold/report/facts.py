@@ -1,0 +1,260 @@
+"""A run's folder as one value: everything that its report shows. What a run did not write down is None."""
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from sheepfold.data.table import Counts
+from sheepfold.errors import CheckpointError
+from sheepfold.joining import Closing
+from sheepfold.journal import RunFolder
+from sheepfold.report.adapters import AdapterFiles, read_adapter
+from sheepfold.report.benchmarks import Benchmark, read_benchmarks
+
+SLACK_S = 2.0
+"""A closing table older than the journal by more than this was made before the run went on."""
+
+Phase = Literal["waiting", "training", "comparing", "finished", "stopped early"]
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One line of the journal; round 0 is the evaluated start."""
+
+    round: int
+    clients: int
+    """Clients whose updates arrived."""
+    absent: Mapping[str, str]
+    """Sampled clients without an update, and why."""
+    skipped: Mapping[str, tuple[int, str]]
+    """client -> (steps not taken, why)"""
+    steps: int
+    """Optimizer steps of the clients that answered, in sum."""
+    train_loss: float | None
+    loss: Mapping[str, float]
+    """Held-out loss by key, nats per target token; empty where the round was not evaluated."""
+    metrics: Mapping[str, float]
+    """Further measures of the round, where the journal has some."""
+    rose: bool
+    uplink_bytes: int
+    downlink_bytes: int
+    seconds: Mapping[str, float]
+    """round, data, forward, backward, step, evaluation; stages are sums over clients' shares of their passes."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunFacts:
+    """What one run's report shows."""
+
+    path: Path
+    name: str
+    settings: Mapping[str, Any]
+    """The experiment, every option resolved."""
+    text: str
+    """experiment.yaml"""
+    rounds: Sequence[Round]
+    participants: frozenset[str]
+    """Clients that took part so far."""
+    phase: Phase
+    heard: float | None
+    """When the journal was last written, seconds since 1970."""
+    data: Mapping[str, Any] | None
+    table: Counts | None
+    """Training rows of each client in each category."""
+    closing: Closing | None
+    stale_closing: bool
+    """Whether closing.json was there, and older than the last rounds."""
+    hash: str | None
+    adapters: Mapping[str, AdapterFiles] = field(default_factory=dict)
+    """federated, best, and each personal adapter's folder name"""
+    benchmarks: Sequence[Benchmark] = ()
+
+    @property
+    def planned(self) -> int:
+        """Rounds asked for."""
+        return int(self.settings["federation"]["rounds"])
+
+    @property
+    def done(self) -> int:
+        """Rounds in the journal."""
+        return self.rounds[-1].round if self.rounds else 0
+
+    @property
+    def trained(self) -> Sequence[Round]:
+        """The rounds after the start."""
+        return [r for r in self.rounds if r.round]
+
+    @property
+    def evaluated(self) -> Sequence[Round]:
+        """The rounds with a held-out loss, the start among them."""
+        return [r for r in self.rounds if r.loss]
+
+    @property
+    def key(self) -> str:
+        """The held-out loss that the report follows: over all clients' tokens, or what there is."""
+        keys = self.evaluated[0].loss if self.evaluated else {}
+        return next((k for k in ("weighted", "global") if k in keys), "weighted")
+
+    @property
+    def best(self) -> Round | None:
+        """The evaluated round of the lowest held-out loss, the first of equal ones."""
+        scored = [r for r in self.evaluated if self.key in r.loss]
+        return min(scored, key=lambda r: r.loss[self.key], default=None)
+
+    @property
+    def strategy(self) -> str:
+        """The method, outermost first."""
+        named = self.settings["federation"]["strategy"]
+        return named if isinstance(named, str) else " over ".join(named)
+
+    @property
+    def clients(self) -> Mapping[str, Mapping[str, int]]:
+        """Each client's rows by split, as the run began."""
+        return dict((self.data or {}).get("clients", {}))
+
+    def seconds(self, stage: str) -> float:
+        """Return a stage's seconds over all rounds."""
+        return sum(r.seconds.get(stage, 0.0) for r in self.rounds)
+
+    def quiet_after(self) -> float:
+        """Return how many seconds without a new round are longer than this run's rounds explain."""
+        took = [r.seconds.get("round", 0.0) + r.seconds.get("evaluation", 0.0) for r in self.trained]
+        return max(60.0, 5 * statistics.median(took)) if took else 600.0
+
+
+def read_run(path: Path) -> RunFacts:
+    """Return what a run's folder tells; raises CheckpointError with one line where it is no run's or is damaged."""
+    folder = RunFolder(path)
+    experiment = folder.experiment()
+    settings = experiment.model_dump(mode="json")
+    lines = folder.lines()
+    try:
+        rounds = [_round(line) for line in lines]
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path / 'rounds.jsonl'}: a line is not one of a run ({error!r}); was it edited?"
+        ) from None
+    participants = frozenset(client for line in lines for client in line.get("clients", {}))
+    data = folder.data() if (path / "data.json").exists() else None
+    closing, stale = _closing(path)
+    phase = _phase(path, settings, rounds, closing, stale)
+    current = phase in ("finished", "stopped early", "comparing")
+    return RunFacts(
+        path=path,
+        name=str(settings["name"]),
+        settings=settings,
+        text=(path / "experiment.yaml").read_text(encoding="utf-8"),
+        rounds=rounds,
+        participants=participants,
+        phase=phase,
+        heard=_written(path / "rounds.jsonl"),
+        data=data,
+        table=_table(data),
+        closing=closing if current and not stale else None,
+        stale_closing=closing is not None and (stale or not current),
+        hash=lines[-1].get("adapter") if lines else None,
+        adapters=_adapters(path) if current else {},
+        benchmarks=read_benchmarks(path / "eval"),
+    )
+
+
+def _round(line: Mapping[str, Any]) -> Round:
+    held, clients = line.get("held_out", {}), line.get("clients", {})
+    skipped = {c: (m["skipped_steps"], m.get("why_skipped", "")) for c, m in clients.items() if m.get("skipped_steps")}
+    return Round(
+        round=int(line["round"]),
+        clients=len(clients),
+        absent=line.get("absent", {}),
+        skipped=skipped,
+        steps=sum(m.get("steps", 0) for m in clients.values()),
+        train_loss=line.get("train_loss"),
+        loss=_numbers(held.get("loss", {})),
+        metrics=_measures(held),
+        rose=bool(line.get("rose")),
+        uplink_bytes=line.get("uplink_bytes", 0),
+        downlink_bytes=line.get("downlink_bytes", 0),
+        seconds=_numbers(line.get("seconds", {})),
+    )
+
+
+def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    """Return what is a number: the journal has null where a figure was not finite."""
+    return {name: float(v) for name, v in values.items() if isinstance(v, int | float)}
+
+
+def _measures(held: Mapping[str, Any]) -> dict[str, float]:
+    """Return the measures beside the loss: a number, or a mapping with `weighted` or `global` as the loss has it."""
+    found = {}
+    for name, value in held.items():
+        if name not in ("loss", "clients"):
+            of = value if not isinstance(value, Mapping) else value.get("weighted", value.get("global"))
+            if isinstance(of, int | float):
+                found[name] = float(of)
+    return found
+
+
+def _written(path: Path) -> float | None:
+    return path.stat().st_mtime if path.is_file() else None
+
+
+def _closing(path: Path) -> tuple[Closing | None, bool]:
+    """Return the closing table without figures that were not finite, and whether the journal went on since."""
+    file = path / "closing.json"
+    if not file.is_file():
+        return None, False
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        scores = {
+            measure: {rows: _numbers(who) for rows, who in table.items()} for measure, table in found["scores"].items()
+        }
+        closing = Closing(scores, found["clients"], found["shared_rows"], [m for m in scores if m != "loss"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{file}: not a closing table ({error}); was it edited?") from None
+    return closing, file.stat().st_mtime < (_written(path / "rounds.jsonl") or 0) - SLACK_S
+
+
+def _phase(
+    path: Path, settings: Mapping[str, Any], rounds: Sequence[Round], closing: Closing | None, stale: bool
+) -> Phase:
+    """Return where a run stands, from what is in its folder: no process says that it ended."""
+    if not rounds:
+        return "waiting"
+    exported = _written(path / "adapter") is not None or (path / "adapter").is_dir()
+    all_done = rounds[-1].round >= settings["federation"]["rounds"]
+    if not exported or not (all_done or _stopped_itself(path, settings)):
+        return "training"
+    compares = settings["baselines"] or settings["evaluation"]["metrics"] or any(settings["personal"].values())
+    if compares and (closing is None or stale):
+        return "comparing"
+    return "finished" if all_done else "stopped early"
+
+
+def _stopped_itself(path: Path, settings: Mapping[str, Any]) -> bool:
+    """Return whether early stopping ended the run: its export is newer than its journal."""
+    newest = max((f.stat().st_mtime for f in (path / "adapter").iterdir()), default=0.0)
+    return bool(settings["stop"]["key"]) and newest >= (_written(path / "rounds.jsonl") or 0) - SLACK_S
+
+
+def _table(data: Mapping[str, Any] | None) -> Counts | None:
+    """Return training rows by client and category; None for runs that did not count them."""
+    if not data or "categories" not in data:
+        return None
+    names, held = data["categories"]["names"], data["categories"]["rows"]
+    rows = np.zeros((len(held), len(names)), dtype=np.int64)
+    for i, counted in enumerate(held.values()):
+        for index, count in counted.items():
+            rows[i, int(index)] = count
+    return Counts(tuple(held), tuple(names), rows)
+
+
+def _adapters(path: Path) -> dict[str, AdapterFiles]:
+    places = {"federated": path / "adapter", "best": path / "best"}
+    if (path / "personal").is_dir():
+        places |= {f"personal: {folder.name}": folder for folder in sorted((path / "personal").iterdir())}
+    found = {name: read_adapter(place) for name, place in places.items()}
+    return {name: files for name, files in found.items() if files is not None}
