@@ -22,6 +22,7 @@ from sheepfold.config import GenerationSettings
 from sheepfold.data import templates
 from sheepfold.data.rows import Message, Record
 from sheepfold.errors import ConfigError
+from sheepfold.evaluation import soft_prompts
 from sheepfold.evaluation.generation import Draws, decode, decoding, pad_left, room_for, until
 from sheepfold.models import Base, load_base, max_positions
 
@@ -53,8 +54,10 @@ class Answering:
         self.source, self.base = source, base
         self.names, self.default = source.names, source.default
         self.template = templates.find(source.data, base.tokenizer)
-        model: Any = base.model
-        self.max_positions = max_positions(model.config)
+        with carried.using([source.default]) as model:
+            taken, self._alike = soft_prompts.virtual_tokens(model), soft_prompts.needs_equal_lengths(model)
+            limit = max_positions(model.config)
+        self.max_positions = None if limit is None else limit - taken
         self.prompter = Prompter(self.template, base.tokenizer, self.max_positions)
         self._carrier = carried
         self._lock = Lock()  # not reentrant, so that it can be freed by another thread than took it
@@ -120,8 +123,12 @@ class Answering:
             Row(i, self.base.tokenizer, frozenset(self.base.stop_ids), tuple(stop), prompt.lead)
             for i, prompt in enumerate(prompts)
         ]
-        for group in self._groups(each):
-            one = _Batch(self, [prompts[i] for i in group], [each[i] for i in group], [rows[i] for i in group])
+        # Rows of one batch may all answer equally long: a row goes on until the last one ends, in positions too.
+        room = [room_for(len(p.ids), settings.max_new_tokens, self.max_positions) for p in prompts]
+        alike = [(r, len(p.ids) if self._alike else 0) for r, p in zip(room, prompts, strict=True)]
+        for group in self._groups(each, alike):
+            mine = [prompts[i] for i in group], [each[i] for i in group], [rows[i] for i in group]
+            one = _Batch(self, *mine, room[group[0]])
             yield from one.pieces(settings, seed, top_logprobs)
 
     def answer(
@@ -184,11 +191,11 @@ class Answering:
         own = out[:, -ids.shape[1] :]  # soft prompts come before the row's own tokens
         return [own[i, : len(row)] for i, row in enumerate(rows)]
 
-    def _groups(self, names: Sequence[str]) -> list[list[int]]:
-        """Return the rows that may share a batch: all of them, or those of one name each."""
-        if self._carrier.mixes:
-            return [list(range(len(names)))] if names else []
-        return [[i for i, own in enumerate(names) if own == name] for name in dict.fromkeys(names)]
+    def _groups(self, names: Sequence[str], alike: Sequence[object] = ()) -> list[list[int]]:
+        """Return the rows that may share a batch: those that are alike, and where the method asks it, of one name."""
+        own = [""] * len(names) if self._carrier.mixes else names
+        kinds = list(zip(own, alike or [None] * len(names), strict=True))
+        return [[i for i, kind in enumerate(kinds) if kind == one] for one in dict.fromkeys(kinds)]
 
 
 @dataclass(slots=True)
@@ -199,6 +206,8 @@ class _Batch:
     prompts: Sequence[Prompt]
     names: Sequence[str]
     rows: Sequence[Row]
+    room: int
+    """New tokens that each may have."""
 
     def pieces(self, settings: GenerationSettings, seed: int, top: int | None) -> Iterator[Piece]:
         if settings.beams > 1:
@@ -208,21 +217,16 @@ class _Batch:
         each = steps(
             lambda feed, left: self._run(settings, seed, recorder, feed, left), self.answering._worker, recorder
         )
-        room = self._rooms(settings)
         with contextlib.closing(each):
             for tokens, scores in each:
-                for row, token, left in zip(self.rows, tokens, room, strict=True):
+                for row, token in zip(self.rows, tokens, strict=True):
                     if row.finished is not None:
                         continue
                     yield from _some(row.take(token, scores[self.rows.index(row)] if scores else None))
-                    if row.finished is None and len(row.ids) >= left:
+                    if row.finished is None and len(row.ids) >= self.room:
                         yield row.end("length")
                 if all(row.finished is not None for row in self.rows):
                     return
-
-    def _rooms(self, settings: GenerationSettings) -> list[int]:
-        limit = self.answering.max_positions
-        return [room_for(len(p.ids), settings.max_new_tokens, limit) for p in self.prompts]
 
     def _run(
         self, settings: GenerationSettings, seed: int, recorder: Recorder | None, feed: Any = None, left: Any = None
@@ -236,7 +240,7 @@ class _Batch:
             seen[key] += 1
         processors: list[Any] = [recorder] if recorder else []
         processors += [Draws(ids, settings, seed, repeats)] if settings.temperature else []
-        config = decoding(max(self._rooms(settings)), settings.beams, base.tokenizer.pad_token_id, base.stop_ids)
+        config = decoding(self.room, settings.beams, base.tokenizer.pad_token_id, base.stop_ids)
         watchers = {} if feed is None else {"streamer": feed, "stopping_criteria": [left]}
         with self.answering.using(self.names) as model:
             return decode(model, *pad_left(ids, base.tokenizer.pad_token_id), config, processors, **watchers)
@@ -244,11 +248,11 @@ class _Batch:
     def _searched(self, settings: GenerationSettings, top: int | None) -> Iterator[Piece]:
         """Yield each row's answer whole: which beam wins is known at the end."""
         found = self.answering._worker.submit(self._run, settings, 0, None).result()
-        for row, tokens, left in zip(self.rows, found.tolist(), self._rooms(settings), strict=True):
-            ids = until(tokens, self.answering.base.stop_ids)[:left]
+        for row, tokens in zip(self.rows, found.tolist(), strict=True):
+            ids = until(tokens, self.answering.base.stop_ids)
             scores = self._scored(row, ids, top)
             pieces = [row.take(token, score) for token, score in zip(ids, scores, strict=True) if row.finished is None]
-            last = [] if row.finished else [row.end("length" if len(ids) >= left else "stop")]
+            last = [] if row.finished else [row.end("length" if len(ids) >= self.room else "stop")]
             whole = [piece for piece in [*pieces, *last] if piece is not None]
             said = tuple(token for piece in whole for token in piece.tokens)
             yield Piece(row.number, "".join(piece.text for piece in whole), said, row.finished)

@@ -197,6 +197,25 @@ def test_other_methods_answer_as_their_folders_do(tmp_path, method):
     assert [s.logprob for s in scores[0]] != [s.logprob for s in scores[1]]
 
 
+def test_virtual_tokens_take_positions_from_answers(tmp_path):
+    from sheepfold import simulation
+    from tests.runs import experiment
+
+    base = saved(tmp_path / "base", "opt")  # 64 learned positions: one too many is an IndexError
+    made = experiment(tmp_path, **{
+        "model.base": str(base), "adapter": {"method": "prompt", "options": {"num_virtual_tokens": 5}},
+        "train.engine": "peft_model", "data.max_tokens": 48,
+    })  # fmt: skip
+    with open_source(find(simulation.run(made).folder), "cpu") as opened:
+        assert opened.max_positions == 59
+        prompts = [opened.raw_prompt(text, 1) for text in ("Name three animals.", "Yes")]
+        long = GenerationSettings(max_new_tokens=100)
+        for prompt, whole in zip(
+            prompts, opened.answer(prompts, ["federated"], long, seed=0, stop=["\0"]), strict=True
+        ):
+            assert whole.finished == "stop" or len(prompt.ids) + len(whole.ids) == 59
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_quantised_base_answers_nearly_as_the_whole_one(tmp_path, bits):
     source = find(str(saved(tmp_path / "base")))
