@@ -1,0 +1,48 @@
+"""What an evaluation is asked to do, whichever way it was asked: the command line or the experiment file."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from sheepfold.errors import ConfigError
+
+HARNESS_SEED = 1234
+"""The harness's own default, so that its examples are drawn as in published figures."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """Which tasks, on which rows, asked how."""
+
+    tasks: tuple[str, ...]
+    """Names, or name:file for tasks over one's own rows."""
+    data: str | None = None
+    """Folder of benchmark data, or the file of one's own rows; None: the hub."""
+    fields: Mapping[str, str] = field(default_factory=dict)
+    """Own rows: field -> column (see data.fields), and choices."""
+    shots: int | None = None
+    """Examples before a question; None: as many as the benchmark has."""
+    limit: int | None = None
+    """Rows of each task; None: all."""
+    new_tokens: int | None = None
+    """Longest answer; None: as the benchmark says, at most half the model's positions."""
+    samples: int = 1
+    """Programs for each problem of HumanEval."""
+    temperature: float = 0.0
+    """At which they are drawn."""
+    batch_rows: int = 16
+    seed: int = HARNESS_SEED
+    template: bool = False
+    """Whether benchmarks' prompts are wrapped in the run's template; own tasks' always are."""
+    allow_code: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.tasks:
+            raise ConfigError("no tasks; name some with --tasks, such as gsm8k,mmlu (--tasks list shows all)")
+        for name, least in (("limit", 1), ("shots", 0), ("batch_rows", 1), ("new_tokens", 1), ("samples", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"--{name.replace('_', '-')} {value}: expected {least} or more")
+        if self.samples > 1 and self.temperature == 0:
+            raise ConfigError(
+                f"--samples {self.samples}: greedy answers are all the same; add --temperature, such as 0.2"
+            )
