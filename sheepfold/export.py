@@ -1,12 +1,12 @@
-"""What leaves a run: a PEFT folder, or the base with the adapter merged in, both for plain transformers.
+"""What leaves a run: PEFT folders, or the base with an adapter merged in, for plain transformers or llama.cpp.
 
 merged: W + scale * B @ A, in float32, then in the dtype asked for
 """
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,52 +14,157 @@ import torch
 from torch import Tensor, nn
 
 from sheepfold import peft_io
+from sheepfold import state as states
 from sheepfold.adapter import Adapter
+from sheepfold.answering import source as sources
+from sheepfold.answering.source import BEST, CLIENT, Source
+from sheepfold.card import Card, card_of, card_of_adapter, card_of_run, loading
 from sheepfold.errors import AdapterMismatch, CheckpointError, ConfigError, suggest
-from sheepfold.folders import fresh_folder, writing
+from sheepfold.folders import fresh_folder, replace_file, writing
 from sheepfold.loading import quiet
 from sheepfold.models import Base, config_only, load_base
 from sheepfold.targets import is_conv1d
 
 if TYPE_CHECKING:
     from sheepfold.assembly import Parts
-    from sheepfold.config import Experiment
     from sheepfold.journal import RunFolder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+FORMS = ("peft", "merged", "gguf", "adapters")
 
 
 @dataclass(frozen=True, slots=True)
-class Card:
-    """What a model card says of an export."""
+class Leaving:
+    """One adapter on its way out."""
 
-    base: str
-    run: str
-    method: str
-    """The strategy that folded the adapter."""
-    rounds: int
-    dropout: float = 0.0
-    """The adapter's dropout in training; PEFT keeps it for whoever trains on."""
+    source: Source
+    name: str
+    """Which of the source's adapters."""
+    adapter: Adapter
+    card: Card
 
-    def text(self, kind: str, how: str) -> str:
-        """Return the README.md of an export; kind: 'adapter' or 'merged model', how: the Python that loads it."""
-        library = "peft" if kind == "adapter" else "transformers"
-        # builtin:tiny is no hub id, and the hub's card format takes nothing else here.
-        origin = "" if ":" in self.base else f"base_model: {self.base}\n"
-        return (
-            f"---\nlibrary_name: {library}\n{origin}tags: [federated-learning, lora, sheepfold]\n---\n"
-            f"# {self.run}\n\n"
-            f"A LoRA {kind} of `{self.base}`, federated with sheepfold: {self.method}, {self.rounds} rounds. "
-            "Training data stayed with the clients.\n\n"
-            f"```python\n{how}\n```\n"
+    def about(self) -> dict[str, str]:
+        """Return what tells this adapter from all others, for its card."""
+        return {"adapter hash": self.adapter.hash()}
+
+
+def export(
+    place: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    to: str = "peft",
+    best: bool = False,
+    client: str | None = None,
+    dtype: str = "float32",
+    base: str | None = None,
+    adapter_config: Path | None = None,
+    llama_cpp: str | os.PathLike[str] | None = None,
+) -> Path:
+    """Write what a run or an adapter's folder holds as a new folder, and return that folder.
+
+    to: peft (one adapter), merged (the whole model), gguf (the same for llama.cpp) or adapters (every adapter of a run,
+    one folder each). best, client: which adapter of a run, where not the last round's. dtype: of a merged model. base,
+    adapter_config: see answering.source.find. llama_cpp: a checkout whose converter writes the gguf. Raises
+    SheepfoldError, in one line, for what is not there or cannot be written.
+    """
+    if to not in FORMS:
+        raise ConfigError(f"--to {to!r}: {suggest(to, FORMS)}")
+    if to in ("peft", "adapters") and dtype != "float32":
+        raise ConfigError(
+            f"--dtype {dtype} has no effect with --to {to}, which writes adapters as they are; leave it out"
         )
+    if to != "gguf" and llama_cpp is not None:
+        raise ConfigError(f"--llama-cpp has no effect with --to {to}; leave it out")
+    if to == "adapters" and (best or client is not None):
+        raise ConfigError("--to adapters writes all of them; leave out --best and --client")
+    numbers = _dtype(dtype)
+    source = sources.find(place, base=base, adapter_config=adapter_config)
+    if len(source.names) == 1:
+        raise CheckpointError(f"{place}: not a run's folder, nor an adapter's; name the folder that a run wrote")
+    if to == "adapters":
+        from sheepfold.multi_adapter import export_adapters
+
+        return export_adapters(source, out)
+    leaving = take(source, _which(source, best, client))
+    if to == "peft":
+        with fresh_folder(out) as fresh:
+            export_one(leaving, fresh, config_only(source.model, "cpu").model)
+    elif to == "merged":
+        loaded = load_base(source.model, "cpu")
+        export_merged(loaded, leaving.adapter, out, numbers, leaving.card, leaving.about())
+    else:
+        from sheepfold.gguf_export import export_gguf
+
+        export_gguf(leaving, out, numbers, Path(llama_cpp) if llama_cpp is not None else None)
+    return Path(out)
+
+
+def _which(source: Source, best: bool, client: str | None) -> str:
+    """Return the name of the adapter asked for."""
+    if best and client is not None:
+        raise ConfigError("--best and --client: clients' own adapters are kept as of the last round; leave one out")
+    if not best and client is None:
+        return source.default
+    if source.run is None:
+        raise ConfigError(f"{source.name}: is one adapter, not a run; leave out --best and --client")
+    if best and BEST not in source.names:
+        raise CheckpointError(
+            f"{source.run.path}: no best evaluation is kept, since stop.key is not set; export without --best"
+        )
+    if client is not None and CLIENT + client not in source.names:
+        known = [name.removeprefix(CLIENT) for name in source.names if name.startswith(CLIENT)]
+        raise CheckpointError(
+            f"{source.run.path}: client {client!r} has no adapter of its own; "
+            + (suggest(client, known) if known else "nobody has one beside the global one (see `personal`)")
+        )
+    return BEST if best else CLIENT + str(client)
+
+
+def take(source: Source, name: str, card: Card | None = None) -> Leaving:
+    """Return an adapter of a source with its card. Raises CheckpointError where it is not LoRA."""
+    if not source.is_lora(name):
+        raise CheckpointError(
+            f"{source.place(name)}: holds no LoRA pairs alone; the folder, written when the run ends, is already what "
+            "plain PEFT and transformers load"
+        )
+    return Leaving(source, name, source.adapter(name), card or cards_for(source, [name])[name])
+
+
+def cards_for(source: Source, names: Sequence[str]) -> dict[str, Card]:
+    """Return the cards of a source's adapters, with all that is known by now; the journal is read once for all."""
+    if source.run is None:
+        return dict.fromkeys(names, card_of_adapter(source.model, source.name))
+    last = card_of_run(source.run)
+    own = replace(last, which="of one client, its own")
+    cards = {name: own if name.startswith(CLIENT) else last for name in names}
+    if BEST in names:
+        best = states.load(source.run.best).round
+        cards[BEST] = card_of_run(source.run, best, f"as of round {best}, its best evaluation")
+    return cards
+
+
+def write_cards(run: "RunFolder") -> None:
+    """Write a finished run's model_card.md, and the README.md of every adapter that it wrote."""
+    source = sources.find(run.path)
+    kind = "full model" if source.is_full else "adapter"
+    for name, card in cards_for(source, source.names[1:]).items():
+        about = {"adapter hash": str(source.adapter_hash(name))}
+        files = {source.place(name) / "README.md": "this folder"}
+        if name == source.default:
+            files[run.path / "model_card.md"] = source.place(name).name
+        with writing(run.path):
+            for file, here in files.items():
+                replace_file(file, card.text(kind, loading(card.base, kind, here), about).encode())
 
 
 def save_adapter(parts: "Parts", adapter: Adapter, folder: str | os.PathLike[str], rounds: int) -> None:
-    """Write a running experiment's adapter: LoRA as a PEFT folder, other methods as their own save_pretrained does."""
+    """Write a running experiment's adapter: LoRA as a PEFT folder, other methods as their own save_pretrained does.
+
+    Its README.md says what is known by then; `write_cards` says the rest when the run has ended.
+    """
     card = card_of(parts.experiment, rounds)
     if adapter.pairs:
-        export_peft(adapter, folder, parts.base.model, card, parts.experiment.model.revision)
+        export_peft(adapter, folder, parts.base.model, card)
         return
     carrier: Any = parts.engine.carrier  # type: ignore[union-attr]  # only the peft_model engine has no pairs
     with quiet(), writing(Path(folder)):
@@ -69,63 +174,10 @@ def save_adapter(parts: "Parts", adapter: Adapter, folder: str | os.PathLike[str
             parts.base.tokenizer.save_pretrained(folder)
 
 
-def export_run(
-    run: str | os.PathLike[str],
-    out: str | os.PathLike[str],
-    *,
-    merged: bool = False,
-    best: bool = False,
-    client: str | None = None,
-    dtype: str = "float32",
-) -> Path:
-    """Write a run's last (or best) adapter as a new folder, alone or merged into its base; return the folder.
-
-    client: that client's own adapter instead. Raises CheckpointError for a folder that is no run's, has no such state
-    or client, or cannot be written to.
-    """
-    from sheepfold import state as states
-    from sheepfold.journal import RunFolder
-
-    numbers, folder = _dtype(dtype), RunFolder(Path(run))
-    experiment = folder.experiment()
-    if best and not folder.best.is_file():
-        raise CheckpointError(f"{run}: no best evaluation is kept, since stop.key is not set; export without --best")
-    if best and client is not None:
-        raise ConfigError("--best and --client: clients' own adapters are kept as of the last round; leave one out")
-    state = states.load(folder.best if best else folder.latest)
-    whole = state.whole() if client is None else _own_adapter(folder, client)
-    if not whole.pairs:
-        raise CheckpointError(
-            f"{run}: adapter.method {experiment.adapter.method} has no LoRA pairs; its folders adapter/ and best/, "
-            "written when the run ends, are already what plain PEFT and transformers load"
-        )
-    card = card_of(experiment, state.round)
-    if merged:
-        export_merged(load_base(experiment.model, "cpu"), whole, out, numbers, card)
-    else:
-        with fresh_folder(out) as fresh:
-            model = config_only(experiment.model, "cpu").model
-            export_peft(whole, fresh, model, card, experiment.model.revision)
-    return Path(out)
-
-
-def _own_adapter(run: "RunFolder", client: str) -> Adapter:
-    from urllib.parse import unquote
-
-    from sheepfold.local.store import folder_name
-
-    folder = run.personal / folder_name(client)
-    if not folder.is_dir():
-        known = [unquote(path.name) for path in run.personal.glob("*")]
-        raise CheckpointError(
-            f"{run.path}: client {client!r} has no adapter of its own; "
-            + (suggest(client, known) if known else "nobody has one beside the global one (see `personal`)")
-        )
-    if not (folder / "adapter_config.json").is_file() or run.experiment().adapter.method != "lora":
-        raise CheckpointError(
-            f"{folder}: is already what plain PEFT and transformers load; --client exports LoRA alone"
-        )
-    return peft_io.read_peft(str(folder))
+def export_one(leaving: Leaving, folder: Path, model: nn.Module) -> None:
+    """Write one adapter on its way out as a PEFT folder, if it fits the base. Raises AdapterMismatch where not."""
+    peft_io.check_fits(leaving.adapter, model)
+    export_peft(leaving.adapter, folder, model, leaving.card, leaving.about())
 
 
 def export_peft(
@@ -133,7 +185,7 @@ def export_peft(
     folder: str | os.PathLike[str],
     model: nn.Module,
     card: Card,
-    revision: str | None = None,
+    about: Mapping[str, str] | None = None,
 ) -> None:
     """Write a PEFT folder with a model card. `model` is the base, for its shapes and names; meta will do."""
     conv1d = any(is_conv1d(module) for module in model.modules())
@@ -143,16 +195,12 @@ def export_peft(
         card.base,
         short_targets(adapter, model),
         fan_in_fan_out=conv1d,
-        revision=revision,
+        revision=card.revision,
         dropout=card.dropout,
     )
-    how = (
-        f"from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n{_import_of(card.base)}\n"
-        f'base = AutoModelForCausalLM.from_pretrained({_name_of(card.base)}, dtype="float32")\n'
-        'model = PeftModel.from_pretrained(base, "this folder")'
-    )
     with writing(Path(folder)):
-        Path(folder, "README.md").write_text(card.text("adapter", how), encoding="utf-8")
+        text = card.text("adapter", loading(card.base, "adapter"), about or {"adapter hash": adapter.hash()})
+        Path(folder, "README.md").write_text(text, encoding="utf-8")
 
 
 def export_merged(
@@ -161,6 +209,7 @@ def export_merged(
     folder: str | os.PathLike[str],
     dtype: torch.dtype = torch.float32,
     card: Card | None = None,
+    about: Mapping[str, str] | None = None,
 ) -> None:
     """Write the base with the adapter merged in: safetensors, configuration, tokenizer; the base itself stays as it is.
 
@@ -178,10 +227,10 @@ def export_merged(
         own = {"dtype": str(dtype).removeprefix("torch."), **base.dropout}
         untied = {} if _tied(model).isdisjoint(adapter.pairs) else {"tie_word_embeddings": False}
         _edit_json(fresh / "config.json", own | untied)
-        card = card or Card(base.name, Path(folder).name, "LoRA", 0)
-        how = "from transformers import AutoModelForCausalLM\n\n"
-        how += 'model = AutoModelForCausalLM.from_pretrained("this folder", dtype="float32")'
-        (fresh / "README.md").write_text(card.text("merged model", how), encoding="utf-8")
+        card = card or Card(base.name, Path(folder).name)
+        about = about or {"adapter hash": adapter.hash()}
+        text = card.text("merged model", loading(card.base, "merged model"), about)
+        (fresh / "README.md").write_text(text, encoding="utf-8")
 
 
 def merged(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
@@ -208,22 +257,6 @@ def short_targets(adapter: Adapter, model: nn.Module) -> list[str]:
     last = {path.rpartition(".")[2] for path in adapter.pairs}
     found = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in last}
     return sorted(last if found == set(adapter.pairs) else adapter.pairs)
-
-
-def _import_of(base: str) -> str:
-    """Return the import line that a base's name needs: the built-in one is a folder of this package."""
-    return "from sheepfold.models import BUILTIN\n" if base == "builtin:tiny" else ""
-
-
-def _name_of(base: str) -> str:
-    return "BUILTIN" if base == "builtin:tiny" else repr(base)
-
-
-def card_of(experiment: "Experiment", rounds: int) -> Card:
-    """Return what an experiment's exports say of it."""
-    strategy = experiment.federation.strategy
-    method = strategy if isinstance(strategy, str) else " + ".join(strategy)
-    return Card(experiment.model.base, experiment.name, method, rounds, experiment.adapter.dropout)
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -9,7 +9,7 @@ from sheepfold import simulation
 from sheepfold.assembly import assemble
 from sheepfold.config import load, recipe
 from sheepfold.data.prepare import partition_only
-from sheepfold.export import export_run
+from sheepfold.export import export
 
 pytestmark = pytest.mark.lab
 
@@ -64,8 +64,8 @@ def test_dolly_trains_and_its_exports_are_the_evaluated_model(lab, tmp_path):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    export_run(outcome.folder, tmp_path / "adapter")
-    export_run(outcome.folder, tmp_path / "merged", merged=True)
+    export(outcome.folder, tmp_path / "adapter")
+    export(outcome.folder, tmp_path / "merged", to="merged")
     base = AutoModelForCausalLM.from_pretrained(made.model.base, dtype=torch.float32)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     with torch.no_grad():

@@ -8,8 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, FalconConfig, GPT2Config, LlamaConfig
 
 from sheepfold.adapter import Adapter, LoraPair
+from sheepfold.card import Card
 from sheepfold.errors import AdapterMismatch, CheckpointError, ConfigError
-from sheepfold.export import Card, export_merged, export_peft, export_run, merged, short_targets
+from sheepfold.export import export, export_merged, export_peft, merged, short_targets
 from sheepfold.models import BUILTIN, Base, silence_dropout
 from sheepfold.peft_io import read_peft
 from sheepfold.targets import find_targets, linear_shape
@@ -137,9 +138,9 @@ def test_an_export_that_fails_leaves_nothing_behind(tmp_path):
 
 def test_an_unknown_dtype_lists_the_known(tmp_path):
     with pytest.raises(ConfigError, match=r"--dtype 'fp16': .*float16"):
-        export_run(tmp_path, tmp_path / "out", merged=True, dtype="fp16")
+        export(tmp_path, tmp_path / "out", to="merged", dtype="fp16")
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="not a run's folder"):
-        export_run(tmp_path, tmp_path / "out")
+        export(tmp_path, tmp_path / "out")

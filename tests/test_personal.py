@@ -17,7 +17,7 @@ from sheepfold.assembly import Parts, assemble
 from sheepfold.config import Experiment, TrainSettings
 from sheepfold.engines.common import DITTO, OWN
 from sheepfold.errors import CheckpointError, ConfigError
-from sheepfold.export import export_run
+from sheepfold.export import export
 from sheepfold.journal import RunFolder
 from sheepfold.local.rules import LocalRule
 from sheepfold.local.store import ClientStore, folder_name
@@ -399,7 +399,7 @@ def test_an_exported_clients_adapter_is_the_one_that_was_evaluated(tmp_path, sha
     for client in sorted(state.drawn):
         expected = small.logits_with(parts.base.model, joining.personal(parts, state, client), ids)
         out = tmp_path / folder_name(client)
-        assert export_run(outcome.folder, out, client=client) == out
+        assert export(outcome.folder, out, client=client) == out
         base = AutoModelForCausalLM.from_pretrained(made.model.base, dtype=torch.float32)
         bare = base(ids).logits
         model: Any = PeftModel.from_pretrained(base, out).eval()
@@ -407,7 +407,7 @@ def test_an_exported_clients_adapter_is_the_one_that_was_evaluated(tmp_path, sha
             torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=1e-4)
             assert (expected - bare).abs().max() > 1e-2
         merged = tmp_path / f"merged-{client}"
-        export_run(outcome.folder, merged, client=client, merged=True)
+        export(outcome.folder, merged, client=client, to="merged")
         plain = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
         with torch.no_grad():
             torch.testing.assert_close(plain(ids).logits, expected, rtol=0, atol=1e-4)
@@ -417,15 +417,15 @@ def test_a_client_without_an_adapter_of_its_own_is_one_line(tmp_path, shared):
     outcome = simulation.run(tiny(tmp_path, shared, **method("fedsa"), **{"federation.rounds": 1}))
     absent = next(c for c in (f"client-{i}" for i in range(4)) if c not in outcome.state.drawn)
     with pytest.raises(CheckpointError, match=f"client '{absent}' has no adapter of its own; did you mean") as raised:
-        export_run(outcome.folder, tmp_path / "out", client=absent)
+        export(outcome.folder, tmp_path / "out", client=absent)
     assert "\n" not in str(raised.value)
     plain = simulation.run(tiny(tmp_path, shared, name="plain"))
     with pytest.raises(CheckpointError, match="nobody has one beside the global one"):
-        export_run(plain.folder, tmp_path / "out", client="client-0")
+        export(plain.folder, tmp_path / "out", client="client-0")
     watching = method("fedsa") | {"stop.key": "loss.weighted"}
     best = simulation.run(tiny(tmp_path, shared, name="best", **watching))
     with pytest.raises(ConfigError, match="--best and --client"):
-        export_run(best.folder, tmp_path / "out", client="client-0", best=True)
+        export(best.folder, tmp_path / "out", client="client-0", best=True)
     assert not (tmp_path / "out").exists()
 
 
