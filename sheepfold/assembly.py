@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from sheepfold import planning
+from sheepfold import adapter_methods, planning
 from sheepfold.adapter import Adapter
 from sheepfold.config import Experiment
 from sheepfold.data.rows import FederatedData
 from sheepfold.engines.cohort import CohortEngine
 from sheepfold.engines.injection import CohortModel
+from sheepfold.engines.peft_methods import check_options
 from sheepfold.engines.peft_model import PeftModelEngine
 from sheepfold.errors import ConfigError, ModelError
 from sheepfold.evaluation.held_out import KEYS
@@ -93,6 +94,7 @@ def check(experiment: Experiment) -> tuple[Strategy, dict[str, Metric]]:
             f"adapter.ranks: clients may differ, and federation.strategy {made.name} needs equal ranks; flora, "
             "flexlora, hetlora and heterolora take mixed ones"
         )
+    check_options(experiment.adapter)
     optimizers.build(experiment.train, elementwise=experiment.train.engine == "cohort")
     metrics = {name: resolve_metric(name) for name in experiment.evaluation.metrics}
     if (key := experiment.stop.key) and key.removeprefix("loss.") not in KEYS:
@@ -109,10 +111,12 @@ def _try(name: str, metric: Metric, data: FederatedData) -> None:
 
 def check_length(experiment: Experiment, positions: int | None) -> None:
     """Raise ConfigError where rows may be longer than the base's positions (None: it has no end of positions)."""
-    if positions is not None and experiment.data.max_tokens > positions:
+    virtual = adapter_methods.virtual_tokens(experiment.adapter.method, experiment.adapter.options)
+    if positions is not None and experiment.data.max_tokens + virtual > positions:
+        taken = f", and {virtual} virtual tokens take some" if virtual else ""
         raise ConfigError(
-            f"data.max_tokens {experiment.data.max_tokens}: {experiment.model.base} has {positions} positions; "
-            f"set it to {positions} or less"
+            f"data.max_tokens {experiment.data.max_tokens}: {experiment.model.base} has {positions} positions{taken}; "
+            f"set it to {positions - virtual} or less"
         )
 
 

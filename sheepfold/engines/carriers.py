@@ -3,6 +3,7 @@
 A carrier writes an `Adapter` into the model and reads it back, strictly: a tensor that finds no place is an error.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 from sheepfold.adapter import Adapter, LoraPair
 from sheepfold.config import AdapterSettings
 from sheepfold.engines.injection import chains
-from sheepfold.errors import AdapterMismatch, ConfigError, suggest
+from sheepfold.engines.peft_methods import check_connected, check_targets, own_name, peft_config
+from sheepfold.errors import AdapterMismatch, ConfigError
+from sheepfold.loading import TROUBLE, first_line
 from sheepfold.rng import derive
 
 
@@ -93,7 +96,7 @@ class LoraCarrier:
         return module.lora_A[self._active].weight, module.lora_B[self._active].weight
 
     def _activate(self, adapter: Adapter) -> None:
-        from peft import LoraConfig, get_peft_model
+        from peft import LoraConfig
 
         kind = tuple(sorted((path, pair.rank, pair.scale) for path, pair in adapter.pairs.items()))
         new = kind not in self._names
@@ -115,7 +118,7 @@ class LoraCarrier:
             if self._active:
                 self.model.add_adapter(name, config)
             else:
-                self.model = get_peft_model(self.model, config, adapter_name=name)
+                self.model = _wrapped(self.model, config, name)
         self.model.set_adapter(name)
         self._active = name
         while len(self._names) > MOST_KINDS:  # ranks that grow or shrink would pile up
@@ -133,43 +136,34 @@ class LoraCarrier:
 
 
 class PeftCarrier:
-    """Any other PEFT method, by its PEFT name and options; its tensors travel whole."""
+    """Any other PEFT method; its trained parameters travel whole, a prompt encoder's own ones included."""
 
     def __init__(self, model: Any, settings: AdapterSettings, seed: int) -> None:
-        from peft import PEFT_TYPE_TO_CONFIG_MAPPING, get_peft_model
-
-        known = {str(kind.value).lower(): cls for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
-        method = settings.method.lower().replace("-", "_")
-        if method not in known:
-            raise ConfigError(f"adapter.method {settings.method!r}: PEFT has none; {suggest(method, [*known, 'full'])}")
+        config = peft_config(settings, model)
         try:
-            config = known[method](task_type="CAUSAL_LM", **settings.options)
             with torch.random.fork_rng():
                 torch.manual_seed(derive(seed, "adapter"))
-                self.model: Any = get_peft_model(model, config)
-            self._trained: dict[str, Tensor] | None = None
-        except (TypeError, ValueError) as error:
-            first = str(error).splitlines()[0]
-            raise ConfigError(f"adapter.options for {settings.method}: PEFT refuses them: {first}") from None
+                self.model: Any = _wrapped(model, config, "default")
+        except TROUBLE as error:
+            raise ConfigError(
+                f"adapter.options for {settings.method}: PEFT refuses them: {first_line(error)}"
+            ) from None
+        trained = [(own_name(name), p) for name, p in self.model.named_parameters() if p.requires_grad]
+        self._trained: dict[str, Tensor] = dict(trained)
+        assert len(trained) == len(self._trained), "two parameters of one name"
+        self.model.eval()
+        check_targets(self.model, settings)
+        check_connected(self.model, self._trained, settings.method)
 
     def write(self, adapter: Adapter) -> None:
-        from peft import set_peft_model_state_dict
-
-        have = self.read().extra
-        if adapter.pairs or adapter.extra.keys() != have.keys():
-            odd = sorted(set(adapter.pairs) | adapter.extra.keys() ^ have.keys())
-            raise AdapterMismatch(f"{odd[0]}: in one of adapter and model only")
-        set_peft_model_state_dict(self.model, dict(adapter.extra))
+        _copy_into(self._trained, adapter)
+        self.model.eval()  # so that a prompt encoder with dropout is exported as it answers
 
     def read(self) -> Adapter:
-        from peft import get_peft_model_state_dict
-
-        return Adapter(extra=_copies(get_peft_model_state_dict(self.model)))
+        return Adapter(extra=_copies(self._trained))
 
     def factors(self) -> dict[str, Tensor]:
-        if self._trained is None:
-            self._trained = {f"{n}/extra": p for n, p in self.model.named_parameters() if p.requires_grad}
-        return dict(self._trained)
+        return {f"{name}/extra": p for name, p in self._trained.items()}
 
 
 class FullCarrier:
@@ -180,13 +174,7 @@ class FullCarrier:
         model.requires_grad_(True)
 
     def write(self, adapter: Adapter) -> None:
-        params = dict(self.model.named_parameters())
-        if adapter.pairs or adapter.extra.keys() != params.keys():
-            odd = sorted(set(adapter.pairs) | adapter.extra.keys() ^ params.keys())
-            raise AdapterMismatch(f"{odd[0]}: in one of adapter and model only")
-        with torch.no_grad():
-            for name, tensor in adapter.extra.items():
-                params[name].copy_(tensor)
+        _copy_into(dict(self.model.named_parameters()), adapter)
 
     def read(self) -> Adapter:
         return Adapter(extra=_copies(dict(self.model.named_parameters())))
@@ -261,11 +249,34 @@ class SideHooks:
         return out + x
 
 
+def _wrapped(model: Any, config: Any, name: str) -> Any:
+    from peft import get_peft_model
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # what PEFT asks of transformers is for PEFT to change
+        return get_peft_model(model, config, adapter_name=name)
+
+
 def _check_sites(adapter: Adapter, sites: Sequence[str]) -> None:
     adapted = {*adapter.pairs, *adapter.sparse}
     if adapter.extra or adapted != set(sites):
         odd = sorted(set(adapter.extra) | adapted ^ set(sites))
         raise AdapterMismatch(f"{odd[0]}: in one of adapter and model only; adapter.targets must match the adapter")
+
+
+def _copy_into(params: Mapping[str, Tensor], adapter: Adapter) -> None:
+    if adapter.pairs or adapter.extra.keys() != params.keys():
+        odd = sorted(set(adapter.pairs) | adapter.extra.keys() ^ params.keys())
+        raise AdapterMismatch(f"{odd[0]}: in one of adapter and model only")
+    for name, tensor in adapter.extra.items():
+        if tensor.shape != params[name].shape:
+            raise AdapterMismatch(
+                f"{name}: shape {tuple(tensor.shape)}, expected {tuple(params[name].shape)}; the adapter was trained "
+                "with other adapter.options"
+            )
+    with torch.no_grad():
+        for name, tensor in adapter.extra.items():
+            params[name].copy_(tensor)
 
 
 def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

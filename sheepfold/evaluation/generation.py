@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sheepfold.config import GenerationSettings
 from sheepfold.errors import DataError
+from sheepfold.evaluation import soft_prompts
 from sheepfold.models import max_positions
 from sheepfold.rng import torch_stream
 
@@ -44,11 +45,13 @@ def generate(
     prompt without tokens, or without a position left to answer in.
     """
     limit = max_positions(model.config)
+    limit = None if limit is None else limit - soft_prompts.virtual_tokens(model)
     room = [_room(row, len(prompt), settings.max_new_tokens, limit) for row, prompt in enumerate(prompts)]
     # Longest first, so that running out of memory happens at once.
     order = sorted(range(len(prompts)), key=lambda row: (room[row], -len(prompts[row])))
     answers: list[list[int]] = [[] for _ in prompts]
-    for new_tokens, rows in _batches(order, room, settings.batch_rows):
+    alike = [len(prompt) if soft_prompts.needs_equal_lengths(model) else 0 for prompt in prompts]
+    for new_tokens, rows in _batches(order, room, alike, settings.batch_rows):
         if on_batch is not None:
             on_batch(rows)
         ids, mask = pad_left([prompts[row] for row in rows], pad_token_id)
@@ -123,9 +126,11 @@ def _room(row: int, length: int, max_new_tokens: int, limit: int | None) -> int:
     return room
 
 
-def _batches(order: Sequence[int], room: Sequence[int], batch_rows: int) -> Iterator[tuple[int, list[int]]]:
-    """Yield (new tokens, row numbers): rows of a batch may all answer equally long."""
-    for new_tokens, group in groupby(order, key=lambda row: room[row]):
+def _batches(
+    order: Sequence[int], room: Sequence[int], alike: Sequence[int], batch_rows: int
+) -> Iterator[tuple[int, list[int]]]:
+    """Yield (new tokens, row numbers): rows of a batch may all answer equally long, and are alike."""
+    for (new_tokens, _), group in groupby(order, key=lambda row: (room[row], alike[row])):
         rows = list(group)
         yield from ((new_tokens, rows[i : i + batch_rows]) for i in range(0, len(rows), batch_rows))
 
@@ -153,9 +158,9 @@ def decode(
     and stopping_criteria.
     """
     with torch.no_grad(), _only(model, config):
-        out = model.generate(
-            input_ids=ids.to(model.device),
-            attention_mask=mask.to(model.device),
+        plain, inputs = soft_prompts.asked(model, ids.to(model.device), mask.to(model.device), config.num_beams)
+        out = plain.generate(
+            **inputs,
             generation_config=config,
             logits_processor=list(processors),
             **watchers,
