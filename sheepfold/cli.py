@@ -10,6 +10,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from sheepfold.commands import chat, evaluate, export, report, serve, track
 from sheepfold.errors import SheepfoldError
 
 app = typer.Typer(
@@ -24,6 +25,7 @@ data_app = typer.Typer(help="Look at data before anything trains on it.", no_arg
 models_app = typer.Typer(help="Work on model weights.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(data_app, name="data")
 app.add_typer(models_app, name="models")
+
 
 UsageError: Any = typer.BadParameter.__mro__[1]
 """What typer raises for wrong words on the command line; its own home moved between typer's releases."""
@@ -70,21 +72,6 @@ def plan(file: File = None, as_json: AsJson = False) -> None:
 
     foreseen = forecast(experiment)
     _print(foreseen.as_dict()) if as_json else show(foreseen)
-
-
-@app.command()
-def export(
-    run_folder: Annotated[Path, typer.Argument(help="A run's folder.")],
-    out: Annotated[Path, typer.Argument(help="Folder to write; must be new or empty.")],
-    merged: Annotated[bool, typer.Option("--merged", help="Write the whole model with the adapter merged in.")] = False,
-    best: Annotated[bool, typer.Option("--best", help="The best evaluation's adapter, not the last round's.")] = False,
-    client: Annotated[str | None, typer.Option(help="This client's own adapter, where clients have one.")] = None,
-    dtype: Annotated[str, typer.Option(help="Number format of a merged model.")] = "float32",
-) -> None:
-    """Take a run's adapter elsewhere: as a PEFT folder, or merged into the base."""
-    from sheepfold.export import export_run
-
-    typer.echo(export_run(run_folder, out, merged=merged, best=best, client=client, dtype=dtype))
 
 
 @app.command()
@@ -167,6 +154,18 @@ def apply_delta(
 
     deltas.apply_delta(base, delta, target)
     typer.echo(target)
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "eval": evaluate.command,
+    "chat": chat.command,
+    "serve": serve.command,
+    "report": report.command,
+    "track": track.command,
+    "export": export.command,
+}
+for name, command in COMMANDS.items():
+    app.command(name)(command)
 
 
 def main() -> None:

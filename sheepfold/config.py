@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from sheepfold import rank_choice
+from sheepfold import adapter_methods, rank_choice, tracking
 from sheepfold.errors import ConfigError, suggest
 
 Positive = Annotated[int, Field(gt=0)]
@@ -49,15 +49,17 @@ class AdapterSettings(Section):
     """What the clients train on top of the base."""
 
     method: str = "lora"
-    """lora (both engines); full (all weights) or a PEFT method by its PEFT name (peft_model engine)."""
+    """lora, rslora (both engines); dora, prefix, p-tuning, prompt, ia3 or another of PEFT's, by its name there; full:
+    all weights (all these: peft_model engine)."""
     rank: Positive = 8
-    """LoRA rank r."""
+    """LoRA rank r; this, ranks, alpha, dropout and targets are for lora, rslora and dora."""
     ranks: RankChoice = None
     """Instead of rank, where clients or modules differ: a list, dealt to the clients; client -> rank, with a default; a
     distribution over FlexLoRA's types (homo, random, heavy_tail, heavy_tail_strong, normal); {distribution, types};
     {by-memory, types}. A rank is a number, or one for each group: {attention: 30, mlp: 200} (docs/from-flexlora.md)."""
     alpha: Annotated[float, Field(gt=0)] = 16.0
-    """LoRA alpha: the adapter's output is scaled by alpha / rank."""
+    """LoRA alpha: the adapter's output is scaled by alpha / rank (rslora: by alpha / sqrt(rank), and written down as
+    lora with the alpha that this makes)."""
     dropout: Share = 0.0
     """Dropout on the adapter's input."""
     targets: Literal["auto", "all-linear"] | tuple[str, ...] = "auto"
@@ -65,7 +67,17 @@ class AdapterSettings(Section):
     start: str | None = None
     """A PEFT folder to start from, instead of A random and B zero; rank and alpha are then the folder's."""
     options: Mapping[str, Any] = Field(default_factory=dict)
-    """Further arguments of the PEFT config class, for methods other than lora."""
+    """Arguments of the PEFT config class, for methods other than lora."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _names(cls, values: Any) -> Any:
+        return adapter_methods.settled(values)
+
+    @model_validator(mode="after")
+    def _virtual_tokens(self) -> Self:
+        adapter_methods.check_soft(self.method, self.options)
+        return self
 
     @model_validator(mode="after")
     def _one_way_to_say_ranks(self) -> Self:
@@ -297,7 +309,31 @@ class EvaluationSettings(Section):
     """Generative metrics at the end and in the closing table: exact_match, rouge_l, or module:metric."""
     generation: GenerationSettings = GenerationSettings()
     batch_rows: Positive = 32
-    """Rows per forward pass of the held-out loss."""
+    """Rows per forward pass of the held-out loss, and of benchmarks."""
+    tasks: tuple[str, ...] = ()
+    """Benchmarks at the end of the run, such as [gsm8k, mmlu], or own rows, such as exact_match:rows.jsonl; see
+    docs/evaluate.md and `sheepfold eval --tasks list`."""
+    task_data: str | None = None
+    """Folder with the benchmarks' files, or a file of own rows; null: the hub."""
+    task_fields: Mapping[str, str] = Field(default_factory=dict)
+    """Field map of own rows, as data.fields, and choices."""
+    task_limit: Positive | None = None
+    """At most this many rows of each task."""
+    task_shots: Annotated[int, Field(ge=0)] | None = None
+    """Examples before each question; null: as many as the benchmark has."""
+    task_new_tokens: Positive | None = None
+    """Longest answer in tokens; null: as the benchmark says."""
+    task_template: bool = False
+    """Wrap the benchmarks' prompts in data.template, instead of the harness's plain prompts."""
+    allow_code: bool = False
+    """Agree to run programs that the model wrote (humaneval, humaneval_x)."""
+
+    @model_validator(mode="after")
+    def _tasks_have_a_use_for_their_options(self) -> Self:
+        idle = [name for name in type(self).model_fields if name.startswith(("task_", "allow")) and getattr(self, name)]
+        if idle and not self.tasks:
+            raise ValueError(f"{idle[0]} has no effect without tasks; set evaluation.tasks, such as [gsm8k]")
+        return self
 
 
 class StopSettings(Section):
@@ -309,6 +345,21 @@ class StopSettings(Section):
     """Evaluations without improvement before the run stops."""
     delta: Annotated[float, Field(ge=0)] = 0.0
     """What counts as improvement: lower than the best by more than this."""
+
+
+class CardSettings(Section):
+    """What only people know, for the model card."""
+
+    license: str | None = None
+    """Licence of the adapter, as the hub names it, such as apache-2.0."""
+    base_license: str | None = None
+    """Licence of the base; default: what its own README.md states."""
+    data_license: str | None = None
+    """Licence of the training data."""
+    authors: tuple[str, ...] = ()
+    """Who answers for it."""
+    intended_use: str | None = None
+    """What it is for, in a sentence or two."""
 
 
 class Experiment(Section):
@@ -336,6 +387,16 @@ class Experiment(Section):
     """Also train every client alone, and all rows in one place, for the closing table."""
     keep_rounds: Positive | None = None
     """Keep the state of every n-th round, for --resume-from."""
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
+    """Also hand the journal to these, as it grows (docs/tracking.md)."""
+    tracker_args: Mapping[str, Mapping[str, str]] = Field(default_factory=dict)
+    """Arguments of the trackers, such as {wandb: {project: sheep, mode: offline}}."""
+    card: CardSettings = CardSettings()
+
+    @model_validator(mode="after")
+    def _trackers_take_their_arguments(self) -> Self:
+        tracking.check_arguments(self.trackers, self.tracker_args)
+        return self
 
     @model_validator(mode="after")
     def _combinations(self) -> Self:
@@ -351,6 +412,11 @@ class Experiment(Section):
             )
         if self.adapter.options and self.adapter.method in ("lora", "full"):
             raise ValueError(f"adapter.options has no effect with adapter.method {self.adapter.method!r}; remove it")
+        if self.adapter.method in adapter_methods.CACHED and self.train.gradient_checkpointing:
+            raise ValueError(
+                f"train.gradient_checkpointing with adapter.method {self.adapter.method!r}: checkpointing drops the "
+                "attention cache, which holds the prefix; set it to false, or take p-tuning or prompt"
+            )
         if self.adapter.start and self.adapter.method != "lora":
             raise ValueError(f"adapter.start has no effect with adapter.method {self.adapter.method!r}; remove it")
         if self.train.clients_per_pass and self.train.engine == "peft_model":

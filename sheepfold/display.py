@@ -96,9 +96,21 @@ class Terminal:
             self.console.print(closing_table(closing, measure))
             self.console.print(verdict(closing, measure))
 
+    def _on_benchmarks(self, facts: Mapping[str, Any]) -> None:
+        self._settle()
+        self.console.print()
+        for task, told in facts["figures"].items():
+            figures = ", ".join(f"{name} {_figure(value, 'loss')}" for name, value in told["values"].items())
+            self.console.print(escape(f"{task}, {told['metric']}: {figures}"))
+        for note in facts["notes"]:
+            self.console.print(f"[yellow]note[/] {escape(note)}")
+
     def _on_end(self, facts: Mapping[str, Any]) -> None:
         self._settle()
         self.console.print()
+        for name, why in facts.get("failed_trackers", {}).items():
+            again = f"sheepfold track {facts['folder']} --to {name}"
+            self.console.print(f"[yellow]note[/] tracker {name} failed: {escape(why)}; send the rest: {escape(again)}")
         self.console.print(f"adapter, journal and states are in [bold]{escape(facts['folder'])}[/]")
 
     def _show(self) -> None:
@@ -191,6 +203,6 @@ def json_lines(event: str, facts: Mapping[str, Any]) -> None:
     """Write rounds, the closing table and the end to standard output, one JSON object a line."""
     if event == "closing":
         facts = facts["closing"].as_dict()
-    if event in ("round", "closing", "end"):
+    if event in ("round", "closing", "benchmarks", "end"):
         sys.stdout.write(json.dumps(plain({"event": event, **facts})) + "\n")
         sys.stdout.flush()

@@ -1,12 +1,14 @@
 """A run's folder: what was asked, what happened, and where it stands.
 
     experiment.yaml   the experiment, every option resolved
-    data.json         what the data amounts to: fingerprint, sizes, rows left out
+    data.json         what the data amounts to: fingerprint, sizes, training rows by category, ranks, rows left out
     rounds.jsonl      one line for the evaluated start and for each round
     clients/          what clients keep from round to round, where the method has them keep something
     personal/         a PEFT folder a client, where clients end with adapters of their own
     state/            latest.safetensors, best.safetensors, round-0003.safetensors (every file is always whole)
     adapter/, best/   PEFT folders, written at the end
+    model_card.md     what all of it amounts to, for whoever gets the adapter
+    tracking/         what each tracker was sent, where the run has any
 
 The journal's line goes to disk before the state does: a run that dies between the two drops the line when it resumes.
 """
@@ -24,7 +26,7 @@ from sheepfold import state as states
 from sheepfold.config import Experiment, build, dump, read_yaml
 from sheepfold.errors import CheckpointError, ConfigError
 
-MAY_CHANGE = frozenset({"name", "output", "cache", "keep_rounds", "baselines"})
+MAY_CHANGE = frozenset({"name", "output", "cache", "keep_rounds", "baselines", "trackers", "tracker_args", "card"})
 """Options that a resumed run may set anew: they change no number of the training."""
 
 

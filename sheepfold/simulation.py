@@ -16,17 +16,19 @@ from sheepfold.adapter import Adapter
 from sheepfold.assembly import Parts, assemble, check
 from sheepfold.config import Experiment
 from sheepfold.errors import CheckpointError, TrainingError
+from sheepfold.evaluation.benchmarks import after_run
 from sheepfold.evaluation.held_out import HeldOut, held_out
-from sheepfold.export import save_adapter
+from sheepfold.export import save_adapter, write_cards
 from sheepfold.facts import data_facts, round_line, run_facts
 from sheepfold.journal import RunFolder, check_same, last_folder, new_folder
 from sheepfold.local.steps import round_lr
 from sheepfold.local.store import ClientStore, folder_name
 from sheepfold.rounds import rounds
 from sheepfold.state import ServerState
+from sheepfold.tracking.live import followed
 
 Listener = Callable[[str, Mapping[str, Any]], None]
-"""Is told what happens: (event, facts). Events: stage, start, round, progress, closing, end."""
+"""Is told what happens: (event, facts). Events: stage, start, round, progress, closing, benchmarks, end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +62,13 @@ def run(
     resume goes on from the newest state of the newest run of this name, resume_from from a kept round of it. Raises
     SheepfoldError of one kind or another, with one line, for whatever cannot go on; what was written stays.
     """
+    with followed(experiment, listener) as told:
+        return _run_all(experiment, resume or resume_from is not None, resume_from, told)
+
+
+def _run_all(experiment: Experiment, resume: bool, resume_from: int | None, listener: Listener) -> Outcome:
     check(experiment)
-    resume = resume or resume_from is not None
+    after_run.check(experiment)
     folder = last_folder(experiment) if resume else None
     state = _resumed(folder, experiment, resume_from) if folder else None
     listener("stage", {"text": f"loading {experiment.model.base}"})
@@ -99,7 +106,7 @@ def _resumed(folder: RunFolder, experiment: Experiment, round: int | None) -> Se
 
 def _run(parts: Parts, folder: RunFolder, state: ServerState | None, listener: Listener) -> Outcome:
     experiment = parts.experiment
-    listener("start", run_facts(parts))
+    listener("start", {**run_facts(parts), "folder": str(folder.path)})
     lr = partial(round_lr, experiment.train, rounds=experiment.federation.rounds)
     if state is None:
         folder.write_json("data.json", data_facts(parts))
@@ -117,6 +124,8 @@ def _run(parts: Parts, folder: RunFolder, state: ServerState | None, listener: L
     parts.engine.on_step = lambda steps: None
     _export(parts, folder, state)
     closing = _closing(parts, folder, state, lr, listener)
+    after_run.benchmarks(parts, folder, listener)
+    write_cards(folder)
     listener("end", {"folder": str(folder.path), "adapter": state.hash(), "round": state.round})
     return Outcome(folder.path, state, closing, state.round < experiment.federation.rounds)
 

@@ -109,7 +109,7 @@ def test_what_was_split_into_files_runs_as_a_federation_of_files(capsys, file, t
 def test_export_writes_what_plain_peft_and_transformers_load(capsys, file, tmp_path):
     assert typed(capsys, "run", file, "--quiet")[0] == 0
     assert typed(capsys, "export", tmp_path / "runs/small", tmp_path / "adapter")[0] == 0
-    assert typed(capsys, "export", tmp_path / "runs/small", tmp_path / "merged", "--merged")[0] == 0
+    assert typed(capsys, "export", tmp_path / "runs/small", tmp_path / "merged", "--to", "merged")[0] == 0
     assert (tmp_path / "adapter" / "adapter_config.json").is_file()
     assert (tmp_path / "merged" / "model.safetensors").is_file()
     code, _, err = typed(capsys, "export", tmp_path / "runs/small", tmp_path / "adapter")
