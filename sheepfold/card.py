@@ -96,11 +96,15 @@ class Card:
             **({"authors": ", ".join(self.said.authors)} if self.said.authors else {}),
         }
 
+    def _tag(self) -> str:
+        """Return the method as the hub's tags spell it: lora, ia3, prefix-tuning, full-fine-tuning, ..."""
+        return "full-fine-tuning" if self.kind == "full" else self.kind.lower().replace("_", "-")
+
     def _front(self, kind: str) -> str:
         values: dict[str, object] = {
             "library_name": KINDS[kind][0],
             "pipeline_tag": "text-generation",
-            "tags": ["lora", "sheepfold", *(["federated-learning"] if self.method else [])],
+            "tags": [self._tag(), "sheepfold", *(["federated-learning"] if self.method else [])],
         }
         if is_hub_id(self.base):
             values |= {"base_model": self.base, "base_model_relation": "adapter" if "adapter" in kind else "finetune"}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sheepfold.display import size
+from sheepfold.report.benchmarks import read_benchmarks
 
 if TYPE_CHECKING:
     from sheepfold.config import Experiment
@@ -121,22 +122,13 @@ def _figure(value: float | None) -> str:
 
 
 def _benchmarks(folder: Path) -> Iterable[tuple[str, str, str, str]]:
-    """Yield (task, measure, value, adapter) of every result in the run's folder, but of clients' own adapters."""
-    for file in sorted((folder / "eval").glob("*.json")):
-        for (adapter, task, measure), value in figures_of(_json(file)).items():
-            if not adapter.startswith("client:"):
-                yield task, measure, _figure(value), adapter
+    """Yield (task, measure, value, adapter) of every result in the run's folder, but of clients' own adapters.
 
-
-def figures_of(result: Mapping[str, Any]) -> dict[tuple[str, str, str], float]:
-    """Return (adapter, task, measure) -> value of a file of benchmark results, for the tasks that were asked for."""
-    return {
-        (adapter, task, measure): float(score["value"])
-        for adapter, held in result.get("adapters", {}).items()
-        for task in result["tasks"]
-        for measure, score in held["results"].get(task, {}).get("metrics", {}).items()
-        if score["value"] is not None
-    }
+    The parts of a task, as MMLU's subjects, stand in the report; a file that holds no results is a problem there.
+    """
+    for found in read_benchmarks(folder / "eval"):
+        if found.value is not None and not found.inside and not found.subject.startswith("client:"):
+            yield found.task, found.measure, _figure(found.value), found.subject or "not stated"
 
 
 def _data(run: "RunFolder", lines: Sequence[Mapping[str, Any]]) -> Table:

@@ -5,7 +5,7 @@ merged: W + scale * B @ A, in float32, then in the dtype asked for
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,9 +43,29 @@ class Leaving:
     adapter: Adapter
     card: Card
 
-    def about(self) -> dict[str, str]:
-        """Return what tells this adapter from all others, for its card."""
-        return {"adapter hash": self.adapter.hash()}
+    def about(self, base: Base | None = None) -> dict[str, str]:
+        """Return what tells this export from all others, for its card; base: the weights that go into it."""
+        other = {} if base is None else self._other_weights(base)
+        return {"adapter hash": self.adapter.hash()} | other
+
+    def base(self, say: Callable[[str], None]) -> Base:
+        """Load the base; it is said where its weights are not those that the run was trained on.
+
+        No reason to refuse: a hub base and a copy of it in a folder have two fingerprints and the same weights.
+        """
+        loaded = load_base(self.source.model, "cpu")
+        for told in self._other_weights(loaded).values():
+            say(f"{loaded.name}: its weights are {told}; measure what you export, or name the run's base")
+        return loaded
+
+    def _other_weights(self, base: Base) -> dict[str, str]:
+        run = self.source.run
+        if run is None or (trained := run.data()["base"]) == base.fingerprint:
+            return {}
+        told = (
+            f"not known to be those that the run was trained on (fingerprint {base.fingerprint}, the run's {trained})"
+        )
+        return {"base weights": told}
 
 
 def export(
@@ -59,13 +79,15 @@ def export(
     base: str | None = None,
     adapter_config: Path | None = None,
     llama_cpp: str | os.PathLike[str] | None = None,
+    say: Callable[[str], None] = print,
 ) -> Path:
     """Write what a run or an adapter's folder holds as a new folder, and return that folder.
 
     to: peft (one adapter), merged (the whole model), gguf (the same for llama.cpp) or adapters (every adapter of a run,
     one folder each). best, client: which adapter of a run, where not the last round's. dtype: of a merged model. base,
-    adapter_config: see answering.source.find. llama_cpp: a checkout whose converter writes the gguf. Raises
-    SheepfoldError, in one line, for what is not there or cannot be written.
+    adapter_config: see answering.source.find. llama_cpp: a checkout whose converter writes the gguf. say: is
+    told where a run is merged into other weights than it was trained on. Raises SheepfoldError, in one line, for what
+    is not there or cannot be written.
     """
     if to not in FORMS:
         raise ConfigError(f"--to {to!r}: {suggest(to, FORMS)}")
@@ -90,12 +112,12 @@ def export(
         with fresh_folder(out) as fresh:
             export_one(leaving, fresh, config_only(source.model, "cpu").model)
     elif to == "merged":
-        loaded = load_base(source.model, "cpu")
-        export_merged(loaded, leaving.adapter, out, numbers, leaving.card, leaving.about())
+        loaded = leaving.base(say)
+        export_merged(loaded, leaving.adapter, out, numbers, leaving.card, leaving.about(loaded))
     else:
         from sheepfold.gguf_export import export_gguf
 
-        export_gguf(leaving, out, numbers, Path(llama_cpp) if llama_cpp is not None else None)
+        export_gguf(leaving, out, numbers, Path(llama_cpp) if llama_cpp is not None else None, say)
     return Path(out)
 
 
@@ -131,15 +153,20 @@ def take(source: Source, name: str, card: Card | None = None) -> Leaving:
 
 
 def cards_for(source: Source, names: Sequence[str]) -> dict[str, Card]:
-    """Return the cards of a source's adapters, with all that is known by now; the journal is read once for all."""
+    """Return the cards of a source's adapters, with all that is known by now; the journal is read once for all.
+
+    The base is the source's, which may not be the one that the run names: the card's origin says that one.
+    """
     if source.run is None:
         return dict.fromkeys(names, card_of_adapter(source.model, source.name))
-    last = card_of_run(source.run)
+    model = source.model
+    last = replace(card_of_run(source.run), base=model.base, revision=model.revision)
     own = replace(last, which="of one client, its own")
     cards = {name: own if name.startswith(CLIENT) else last for name in names}
     if BEST in names:
         best = states.load(source.run.best).round
-        cards[BEST] = card_of_run(source.run, best, f"as of round {best}, its best evaluation")
+        card = card_of_run(source.run, best, f"as of round {best}, its best evaluation")
+        cards[BEST] = replace(card, base=model.base, revision=model.revision)
     return cards
 
 
@@ -172,6 +199,8 @@ def save_adapter(parts: "Parts", adapter: Adapter, folder: str | os.PathLike[str
         carrier.model.save_pretrained(folder)
         if parts.experiment.adapter.method == "full":
             parts.base.tokenizer.save_pretrained(folder)
+        else:  # PEFT writes where the base was read from: a path of this machine
+            _edit_json(Path(folder, peft_io.CONFIG), {"base_model_name_or_path": parts.base.name})
 
 
 def export_one(leaving: Leaving, folder: Path, model: nn.Module) -> None:

@@ -9,18 +9,20 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from sheepfold import gguf_writer
 from sheepfold.errors import CheckpointError, ConfigError, ModelError
 from sheepfold.folders import fresh_folder
 
 if TYPE_CHECKING:
     from sheepfold.config import ModelSettings
     from sheepfold.export import Leaving
+    from sheepfold.models import Base
 
 FILE = "model.gguf"
 CONVERTER = "convert_hf_to_gguf.py"
@@ -30,7 +32,13 @@ llama-server -m {FILE}
 ```"""
 
 
-def export_gguf(leaving: "Leaving", out: str | os.PathLike[str], dtype: torch.dtype, llama_cpp: Path | None) -> None:
+def export_gguf(
+    leaving: "Leaving",
+    out: str | os.PathLike[str],
+    dtype: torch.dtype,
+    llama_cpp: Path | None,
+    say: Callable[[str], None],
+) -> None:
     """Write a new folder with model.gguf and its card; weights in `dtype`, norms in float32.
 
     llama_cpp: a checkout of llama.cpp, whose converter is then run with this Python. Raises ConfigError or ModelError,
@@ -41,35 +49,42 @@ def export_gguf(leaving: "Leaving", out: str | os.PathLike[str], dtype: torch.dt
     told = llama_cpp or (Path(os.environ["LLAMA_CPP"]) if os.environ.get("LLAMA_CPP") else None)
     with fresh_folder(out) as fresh:
         file = fresh / FILE
-        writer = _own(leaving, file, dtype) if told is None else _converted(leaving, file, dtype, told)
-        about = leaving.about() | {"weights": KINDS[dtype], "written by": writer}
+        script = None if told is None else _script(told)
+        if script is None:
+            gguf_writer.check_installed()
+        base = leaving.base(say)
+        if script is None:
+            _own(leaving, base, file, dtype)
+        else:
+            _converted(leaving, base, file, dtype, script)
+        writer = "sheepfold" if script is None else f"llama.cpp's {CONVERTER}"
+        about = leaving.about(base) | {"weights": KINDS[dtype], "written by": writer}
         (fresh / "README.md").write_text(leaving.card.text("GGUF model", HOW, about), encoding="utf-8")
 
 
-def _own(leaving: "Leaving", file: Path, dtype: torch.dtype) -> str:
-    from sheepfold import gguf_writer, peft_io
+def _own(leaving: "Leaving", base: "Base", file: Path, dtype: torch.dtype) -> None:
+    from sheepfold import peft_io
     from sheepfold.export import merged
-    from sheepfold.models import load_base
 
-    gguf_writer.check_installed()
-    base = load_base(leaving.source.model, "cpu")
     peft_io.check_fits(leaving.adapter, base.model)
     state = merged(base.model, leaving.adapter)
     gguf_writer.write(file, base.model.config, base.tokenizer, state, dtype, leaving.card.run)
-    return "sheepfold"
 
 
-def _converted(leaving: "Leaving", file: Path, dtype: torch.dtype, llama_cpp: Path) -> str:
-    """Merge into a temporary folder, and have llama.cpp's converter read that."""
-    from sheepfold.export import export_merged
-    from sheepfold.models import load_base
-
+def _script(llama_cpp: Path) -> Path:
     script = llama_cpp.expanduser().resolve() / CONVERTER
     if not script.is_file():
         raise ConfigError(f"--llama-cpp {llama_cpp}: no {CONVERTER} in it; name the root of a llama.cpp checkout")
+    return script
+
+
+def _converted(leaving: "Leaving", base: "Base", file: Path, dtype: torch.dtype, script: Path) -> None:
+    """Merge into a temporary folder, and have llama.cpp's converter read that."""
+    from sheepfold.export import export_merged
+
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
         model = Path(folder) / leaving.card.run
-        export_merged(load_base(leaving.source.model, "cpu"), leaving.adapter, model, dtype, leaving.card)
+        export_merged(base, leaving.adapter, model, dtype, leaving.card)
         if (pieces := _sentencepiece(leaving.source.model)) is not None:
             shutil.copy(pieces, model / pieces.name)
         command = [sys.executable, str(script), str(model), "--outfile", str(file), "--outtype", KINDS[dtype]]
@@ -78,7 +93,6 @@ def _converted(leaving: "Leaving", file: Path, dtype: torch.dtype, llama_cpp: Pa
         raise ModelError(f"{leaving.source.model.base}: llama.cpp's converter failed: {_why(done.stderr)}")
     if not file.is_file():
         raise CheckpointError(f"{script}: ended well but wrote no file; is it llama.cpp's converter?")
-    return f"llama.cpp's {CONVERTER}"
 
 
 def _sentencepiece(model: "ModelSettings") -> Path | None:

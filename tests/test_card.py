@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
 
 from sheepfold import simulation
 from sheepfold.card import Card, stated_license
@@ -102,6 +104,57 @@ def test_an_export_says_what_was_measured_since(run, tmp_path):
     assert "its best evaluation" in (out / "README.md").read_text()
     write_cards(RunFolder(run))
     assert "gsm8k" in (run / "model_card.md").read_text()
+
+
+def test_files_that_are_no_results_of_ours_do_not_stop_a_card(run):
+    (run / "eval").mkdir(exist_ok=True)
+    foreign = {
+        "half.json": "{bad",
+        "list.json": "[1]",
+        "old.json": json.dumps({"tasks": ["x"], "adapters": {"federated": {}}}),
+        "lm.json": json.dumps(
+            {"results": {"arc_easy": {"acc,none": 0.5, "acc_stderr,none": 0.1, "alias": "arc_easy"}}}
+        ),
+    }
+    for name, content in foreign.items():
+        (run / "eval" / name).write_text(content)
+    write_cards(RunFolder(run))
+    for name in foreign:
+        (run / "eval" / name).unlink()
+    assert rows((run / "model_card.md").read_text())["arc_easy"] == ["acc", "0.5000", "not stated"]
+
+
+@pytest.mark.parametrize(
+    ("method", "tag"),
+    [("LoRA", "lora"), ("ia3", "ia3"), ("prefix_tuning", "prefix-tuning"), ("full", "full-fine-tuning")],
+)
+def test_a_cards_first_tag_is_the_method(method, tag):
+    card = ModelCard(Card("owner/base", "x", "fedavg", 3, kind=method).text("adapter", ""))
+    assert card.data.tags == [tag, "sheepfold", "federated-learning"]
+
+
+def test_an_export_onto_another_base_names_that_base(run, tmp_path):
+    other = small.saved(tmp_path / "other")
+    out = export(run, tmp_path / "peft", base=str(other), best=True)
+    assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == str(other)
+    card = (out / "README.md").read_text()
+    assert f"adapter of `{other}`" in card
+    assert str(other) in card.partition("```python")[2].partition("```")[0]
+    assert rows(card)["base"][0].startswith(RunFolder(run).experiment().model.base)  # what it was trained on
+
+
+@pytest.mark.parametrize("to", ["merged", "gguf"])
+def test_merging_into_weights_that_a_run_was_not_trained_on_is_said(run, tmp_path, to):
+    said, same = [], shutil.copytree(RunFolder(run).experiment().model.base, tmp_path / "same")
+    card = (export(run, tmp_path / "same-out", to=to, base=str(same), say=said.append) / "README.md").read_text()
+    assert (said, "base weights" in rows(card)) == ([], False)
+    other = shutil.copytree(same, tmp_path / "other")
+    weights = load_file(other / "model.safetensors")
+    save_file({name: tensor + 1e-3 for name, tensor in weights.items()}, other / "model.safetensors", {"format": "pt"})
+    card = (export(run, tmp_path / "out", to=to, base=str(other), say=said.append) / "README.md").read_text()
+    assert "not known to be those that the run was trained on" in rows(card)["base weights"][0]
+    assert len(said) == 1
+    assert RunFolder(run).data()["base"] in said[0]
 
 
 def test_an_adapter_without_its_run_says_so(run, tmp_path):

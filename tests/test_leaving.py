@@ -153,16 +153,16 @@ def test_what_a_gguf_of_ours_cannot_hold_is_refused_in_one_line(family, message,
 def test_another_tokenizer_is_refused_and_nothing_is_left_behind(run, tmp_path, monkeypatch):
     from tokenizers import normalizers
 
-    from sheepfold import models
+    from sheepfold import export as exports
 
-    real = models.load_base
+    real = exports.load_base
 
     def lowering(*args):
         base = real(*args)
         base.tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
         return base
 
-    monkeypatch.setattr(models, "load_base", lowering)
+    monkeypatch.setattr(exports, "load_base", lowering)
     with pytest.raises(ModelError, match=r"a tokenizer that rewrites text first \(Lowercase\)"):
         export(run, tmp_path / "out", to="gguf")
     assert list(tmp_path.iterdir()) == []

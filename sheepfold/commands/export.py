@@ -40,5 +40,6 @@ def command(
         base=base,
         adapter_config=adapter_config,
         llama_cpp=llama_cpp,
+        say=lambda line: typer.echo(f"note: {line}", err=True),
     )
     typer.echo(folder)

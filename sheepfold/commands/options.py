@@ -20,3 +20,12 @@ Template = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
 Bits = Annotated[int | None, typer.Option(help="8 or 4: load the base quantised (needs sheepfold[quant]).")]
+Host = Annotated[str, typer.Option(help="Address to listen on; others than this machine's own need a token.")]
+Port = Annotated[int, typer.Option(help="Port to listen on; 0: a free one, which is printed.")]
+TokenFile = Annotated[
+    Path | None,
+    typer.Option(
+        help="File with the token that callers must bear, a page's password; else $SHEEPFOLD_TOKEN. Never an option "
+        "itself: ps shows them."
+    ),
+]

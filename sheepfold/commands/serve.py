@@ -1,11 +1,10 @@
 """`sheepfold serve`: an OpenAI-compatible endpoint."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from sheepfold.commands.options import AdapterConfig, BaseName, Bits, Device, Place, Template
+from sheepfold.commands.options import AdapterConfig, BaseName, Bits, Device, Host, Place, Port, Template, TokenFile
 
 
 def command(
@@ -15,14 +14,9 @@ def command(
     template: Template = None,
     device: Device = "auto",
     bits: Bits = None,
-    host: Annotated[str, typer.Option(help="Address to listen on; others than loopback need a token.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on; 0: a free one, which is printed.")] = 8000,
-    token_file: Annotated[
-        Path | None,
-        typer.Option(
-            help="File with the token that callers must bear; else $SHEEPFOLD_TOKEN. Never an option: ps shows them."
-        ),
-    ] = None,
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    token_file: TokenFile = None,
     new_tokens: Annotated[int, typer.Option(help="Most tokens of one answer.")] = 2048,
     rows: Annotated[int, typer.Option(help="Most rows of one request: prompts times n times beams.")] = 64,
     waiting: Annotated[int, typer.Option(help="Most requests that wait for the model; more get 429.")] = 32,

@@ -13,6 +13,8 @@ ARGUMENTS: Mapping[str, tuple[str, ...]] = {
     "mlflow": ("project", "dir", "uri"),
 }
 """tracker -> the arguments that it takes"""
+MODES = ("online", "offline")
+"""Where Weights & Biases sends to: its server, or a folder."""
 
 
 def check_arguments(names: Sequence[str], arguments: Mapping[str, Mapping[str, str]]) -> None:
@@ -22,6 +24,8 @@ def check_arguments(names: Sequence[str], arguments: Mapping[str, Mapping[str, s
             raise ValueError(f"tracker_args.{name} has no effect without trackers: [{name}]; add it, or remove this")
         for key in own.keys() - set(ARGUMENTS[name]):
             raise ValueError(f"tracker_args.{name}.{key} is unknown; {name} takes {', '.join(ARGUMENTS[name])}")
+    if (mode := arguments.get("wandb", {}).get("mode", MODES[0])) not in MODES:
+        raise ValueError(f"tracker_args.wandb.mode is {mode!r}; it is {' or '.join(MODES)}")
     if {"dir", "uri"} <= arguments.get("mlflow", {}).keys():
         raise ValueError("tracker_args.mlflow: dir and uri are both set; keep one of them")
     if len(set(names)) < len(names):

@@ -22,10 +22,13 @@ from typing import Any, Protocol
 from sheepfold.errors import ConfigError, missing_extra
 from sheepfold.folders import replace_file, writing
 from sheepfold.journal import RunFolder
+from sheepfold.report.benchmarks import read_benchmarks
 from sheepfold.tracking import ARGUMENTS, journal_figures
+from sheepfold.tracking.running import Status
 
 LIBRARIES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
 """tracker -> the module that it needs, also its extra's name"""
+CLOSING = "closing.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +64,8 @@ class Tracker(Protocol):
     def figures(self, round: int, scalars: Mapping[str, float]) -> None:
         """Log what was measured once, after a round."""
 
-    def close(self) -> None:
-        """Send what is left."""
+    def close(self, status: Status) -> None:
+        """Send what is left, and say where the run stands, as far as the tracker has a word for it."""
 
 
 @dataclass(slots=True)
@@ -74,6 +77,7 @@ class Memory:
     files: dict[str, str] = field(default_factory=dict)
     """closing.json, eval/*.json -> hash of what was sent"""
     arguments: dict[str, str] = field(default_factory=dict)
+    status: Status = "open"
 
 
 class Follower:
@@ -87,6 +91,7 @@ class Follower:
         check_installed([name])
         self.run, self.name, self.arguments = run, name, dict(arguments)
         self.folder = run.path / "tracking"
+        self.status: Status = "open"  # whoever follows sets it once the run has ended
         self._read, self._journal = 0, -1  # bytes of the journal read so far, and of which file (its inode)
         self._tracker: Tracker | None = None
         self._open = contextlib.ExitStack()
@@ -98,8 +103,12 @@ class Follower:
 
     def __exit__(self, kind: object, *_: object) -> None:
         with self._open:
+            if kind is None and self.memory.id is not None and self.status != self.memory.status:
+                self._begun()  # even if nothing is new: the tracker thinks that the run stands elsewhere
             if self._tracker is not None:
-                self._tracker.close()
+                self._tracker.close(self.status)
+                self.memory.status = self.status
+                self._remember()
 
     def catch_up(self) -> int:
         """Send what is new; return the number of rounds sent."""
@@ -115,12 +124,18 @@ class Follower:
             self.memory.round = line["round"]
             self._remember()
         for file, content in self._new_files():
-            value = json.loads(content)
-            figures = journal_figures.closing if file == "closing.json" else journal_figures.benchmarks
-            self._begun().figures(max(self.memory.round, 0), figures(value))
+            if figures := self._figures(file, content):
+                self._begun().figures(max(self.memory.round, 0), figures)
             self.memory.files[file] = _hash(content)
             self._remember()
         return sent
+
+    def _figures(self, file: str, content: bytes) -> dict[str, float]:
+        """Return what a file tells; nothing where it is no results of ours or lm-eval's, or is not whole yet."""
+        if file == CLOSING:
+            return journal_figures.closing(json.loads(content))
+        results = read_benchmarks(self.run.path / "eval")
+        return journal_figures.benchmarks(each for each in results if f"eval/{each.file}" == file)
 
     def _new_lines(self) -> Iterator[dict[str, Any]]:
         """Yield the journal's whole lines since the last call; all of them where a resumed run wrote it anew."""
@@ -138,7 +153,7 @@ class Follower:
                 yield json.loads(line)
 
     def _new_files(self) -> Iterator[tuple[str, bytes]]:
-        for path in [self.run.path / "closing.json", *sorted((self.run.path / "eval").glob("*.json"))]:
+        for path in [self.run.path / CLOSING, *sorted((self.run.path / "eval").glob("*.json"))]:
             name = path.relative_to(self.run.path).as_posix()
             if path.is_file() and self.memory.files.get(name) != _hash(content := path.read_bytes()):
                 yield name, content

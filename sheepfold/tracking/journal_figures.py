@@ -5,10 +5,11 @@ closing/loss.own_rows.federated ...  eval/gsm8k/exact_match/federated ...
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from sheepfold.card_facts import closing_means, figures_of
+from sheepfold.card_facts import closing_means
+from sheepfold.report.benchmarks import Benchmark
 
 
 def scalars(line: Mapping[str, Any]) -> dict[str, float]:
@@ -52,12 +53,18 @@ def closing(table: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def benchmarks(result: Mapping[str, Any]) -> dict[str, float]:
-    """Return the figures of one file of benchmark results; MLflow's names hold no commas, so ours do not."""
-    return {
-        re.sub(r"[^\w\-. :/]", "_", f"eval/{task}/{measure}/{adapter}".replace(",", ".")): value
-        for (adapter, task, measure), value in figures_of(result).items()
-    }
+def benchmarks(results: Iterable[Benchmark]) -> dict[str, float]:
+    """Return benchmark figures by name: eval/<task>/<measure>/<adapter>, in the characters that MLflow takes.
+
+    Parts of a task, as MMLU's subjects, are left out; so is the adapter where a file of lm-eval's names none.
+    """
+    found = {}
+    for each in results:
+        if each.value is not None and not each.inside:
+            measure = each.measure.replace(" (", ".").removesuffix(")")
+            name = "/".join(part for part in ("eval", each.task, measure, each.subject) if part)
+            found[re.sub(r"[^\w\-. :/]", "_", name)] = each.value
+    return found
 
 
 def flat(values: Mapping[str, Any], at: str = "") -> dict[str, Any]:

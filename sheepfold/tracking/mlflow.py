@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sheepfold.tracking.base import Start
+from sheepfold.tracking.running import Status
 
 ROUND, ADAPTER = "sheepfold.round", "sheepfold.adapter"
 LONGEST, MOST = 500, 100
@@ -63,9 +64,10 @@ class MLflow:
         for at in range(0, len(values), MOST):
             self._client.log_batch(self.id, metrics=_metrics(dict(values[at : at + MOST]), round))
 
-    def close(self) -> None:
-        """Mark the run as finished."""
-        self._client.set_terminated(self.id)
+    def close(self, status: Status) -> None:
+        """Mark the run as finished or failed; one that goes on stays marked as running."""
+        if status != "open":
+            self._client.set_terminated(self.id, status=status.upper())
 
 
 def _metrics(values: Mapping[str, float], round: int) -> list[Any]:

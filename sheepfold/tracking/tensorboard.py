@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from sheepfold.tracking.base import Start
+from sheepfold.tracking.running import Status
 
 
 class TensorBoard:
@@ -45,8 +46,8 @@ class TensorBoard:
             self._writer.add_scalar(name, value, round)
         self._writer.flush()
 
-    def close(self) -> None:
-        """Close the event file."""
+    def close(self, status: Status) -> None:
+        """Close the event file; it has no word for a run's end."""
         self._writer.close()
 
 

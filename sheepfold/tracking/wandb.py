@@ -8,6 +8,7 @@ from typing import Any
 
 from sheepfold.errors import ConfigError
 from sheepfold.tracking.base import Start
+from sheepfold.tracking.running import Status
 
 
 class WandB:
@@ -48,9 +49,9 @@ class WandB:
         """Write single figures into the run's summary."""
         self._run.summary.update(dict(scalars))
 
-    def close(self) -> None:
-        """Finish the run; what is offline stays in its folder."""
-        self._run.finish()
+    def close(self, status: Status) -> None:
+        """Finish the run, which takes no word for one that goes on; what is offline stays in its folder."""
+        self._run.finish(exit_code=1 if status == "failed" else 0)
 
 
 begin = WandB

@@ -1,5 +1,6 @@
 """Trackers are told what the journal says, once, whatever dies in between; and none of them can stop a run."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -7,6 +8,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,11 +19,14 @@ from typer.testing import CliRunner
 
 from sheepfold import cli, simulation
 from sheepfold.config import dump
-from sheepfold.errors import ConfigError
+from sheepfold.errors import CheckpointError, ConfigError
 from sheepfold.journal import RunFolder
+from sheepfold.tracking import after, live
 from sheepfold.tracking.after import track
 from sheepfold.tracking.base import Follower
 from sheepfold.tracking.journal_figures import scalars
+from sheepfold.tracking.live import followed
+from sheepfold.tracking.running import running, status
 from tests import runs, small
 
 EVALUATION = {
@@ -229,6 +234,114 @@ def test_a_run_that_is_killed_and_resumed_has_every_round_once(tmp_path, base):
     assert [e.step for e in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
 
 
+def test_the_follower_leaves_out_files_that_are_no_results(run):
+    (run / "eval" / "half.json").write_text("{bad")
+    (run / "eval" / "lm.json").write_text(json.dumps({"results": {"arc_easy": {"acc,none": 0.5}}}))
+    _, place = track(run, "tensorboard", {})
+    assert in_tensorboard(place).Scalars("eval/arc_easy/acc")[0].value == 0.5
+    (run / "eval" / "half.json").write_text(json.dumps(EVALUATION).replace("gsm8k", "whole"))
+    track(run, "tensorboard", {})
+    assert in_tensorboard(place).Scalars("eval/whole/exact_match.strict/federated")[0].value == 0.25
+
+
+def events_of(run: Path, **arguments: dict[str, str]):
+    """Return the run's experiment with these trackers, and the events that wake them."""
+    experiment = (
+        RunFolder(run).experiment().model_copy(update={"trackers": tuple(arguments), "tracker_args": arguments})
+    )
+    return experiment, [("start", {"folder": str(run)}), *(("round", line) for line in RunFolder(run).lines())]
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(None, "FINISHED"), (RuntimeError, "FAILED"), (KeyboardInterrupt, "FAILED")]
+)
+def test_mlflow_is_told_how_the_run_ended(run, tmp_path, error, status):
+    from mlflow import MlflowClient
+
+    experiment, events = events_of(run, mlflow={"dir": str(tmp_path / "store")})
+    with contextlib.suppress(error or ()), followed(experiment, lambda event, facts: None) as told:
+        for event, facts in events:
+            told(event, facts)
+        if error:
+            raise error
+    client = MlflowClient(tracking_uri=(tmp_path / "store").as_uri())
+    name = json.loads((run / "tracking" / "mlflow.json").read_text())["id"]
+    assert client.get_run(name).info.status == status
+    track(run, "mlflow", {})  # nothing is new but the status, where it was resumed since
+    assert client.get_run(name).info.status == "FINISHED"
+
+
+def test_wandb_is_told_that_a_run_failed(run):
+    (run / "model_card.md").unlink()
+    track(run, "wandb", {"mode": "offline"})
+    [file] = (run / "tracking").glob("wandb/offline-run-*/*.wandb")
+    assert ended_records(file)[-1].exit.exit_code == 1
+
+
+class Hung:
+    """A tracker whose server never answers."""
+
+    last, id = None, "hung"
+
+    def __init__(self, start):
+        pass
+
+    def round(self, *_):
+        threading.Event().wait()
+
+
+def test_ctrl_c_waits_once_and_shortly_for_all_trackers_that_hang(run, monkeypatch, capsys):
+    for name in ("tensorboard", "wandb", "mlflow"):
+        monkeypatch.setattr(f"sheepfold.tracking.{name}.begin", Hung)
+    monkeypatch.setattr(live, "HURRY_S", 1.0)
+    experiment, events = events_of(run, tensorboard={}, wandb={}, mlflow={})
+    with contextlib.suppress(KeyboardInterrupt), followed(experiment, lambda event, facts: None) as told:
+        for event, facts in events:
+            told(event, facts)
+        began = time.monotonic()
+        raise KeyboardInterrupt
+    assert time.monotonic() - began < 2.5  # one after the other would take 3
+    err = capsys.readouterr().err
+    assert err.count("did not send everything within 1 s; `sheepfold track` sends the rest") == 3
+    assert "the run goes on" not in err
+
+
+def test_a_run_goes_on_for_as_long_as_its_process_lives(run, monkeypatch):
+    code = (
+        f"from pathlib import Path; from sheepfold.tracking.running import running\n"
+        f"with running(Path({str(run)!r})): print(flush=True); input()"
+    )
+    monkeypatch.setattr(after, "PAUSE_S", 0.05)
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    process.stdout.readline()
+    assert status(run) == "open"
+    with pytest.raises(CheckpointError, match="another process is at this run"), running(run):
+        pass
+    threading.Timer(0.3, process.kill).start()
+    track(run, "tensorboard", {}, follow=True)
+    assert process.wait() == -signal.SIGKILL
+    assert status(run) == "finished"
+    (run / "model_card.md").unlink()
+    result = CliRunner().invoke(cli.app, ["track", str(run), "--to", "tensorboard", "--follow"])
+    assert (result.exit_code, "stopped before its end; resume it" in result.output) == (0, True), result.output
+
+
+def test_where_a_run_stands_is_the_same_in_a_copy_of_it(run):
+    (run / "rounds.jsonl").touch()  # as a copy may have it: newer than the card
+    assert status(run) == "finished"
+    cut(run, 1)
+    assert status(run) == "failed"
+
+
+def test_a_run_leaves_no_lock_behind_however_it_ends(run):
+    experiment, events = events_of(run)
+    with contextlib.suppress(RuntimeError), followed(experiment, lambda event, facts: None) as told:
+        told(*events[0])
+        assert status(run) == "open"
+        raise RuntimeError
+    assert not list(run.glob(".running"))
+
+
 def test_two_processes_do_not_send_one_run_twice(run):
     with Follower(RunFolder(run), "tensorboard", {}), pytest.raises(ConfigError, match="another process sends"):
         track(run, "tensorboard", {})
@@ -252,6 +365,10 @@ def test_a_journal_that_grows_is_read_from_where_it_stopped(run):
     [
         ({"tracker_args": {"wandb": {"project": "x"}}}, "has no effect without trackers"),
         ({"trackers": ["wandb"], "tracker_args": {"wandb": {"projekt": "x"}}}, "projekt is unknown"),
+        (
+            {"trackers": ["wandb"], "tracker_args": {"wandb": {"mode": "ofline"}}},
+            "is 'ofline'; it is online or offline",
+        ),
         ({"trackers": ["wandb", "wandb"]}, "names one twice"),
         ({"trackers": ["neptune"]}, "trackers"),
     ],
