@@ -330,7 +330,9 @@ class EvaluationSettings(Section):
 
     @model_validator(mode="after")
     def _tasks_have_a_use_for_their_options(self) -> Self:
-        idle = [name for name in type(self).model_fields if name.startswith(("task_", "allow")) and getattr(self, name)]
+        usual = {name: field.get_default(call_default_factory=True) for name, field in type(self).model_fields.items()}
+        options = [name for name in usual if name.startswith(("task_", "allow"))]
+        idle = [name for name in options if getattr(self, name) != usual[name]]
         if idle and not self.tasks:
             raise ValueError(f"{idle[0]} has no effect without tasks; set evaluation.tasks, such as [gsm8k]")
         return self

@@ -67,7 +67,7 @@ class Terminal:
         self.console.print(
             f"[bold]{f['strategy']}[/] on {escape(f['base'])} ({f['device']}, {f['dtype']}): {f['clients']:,} clients, "
             f"{f['cohort']:,} a round, {f['rounds']} rounds; {f['train_rows']:,} training rows, "
-            f"{f['adapter_numbers']:,} numbers in the adapter, {f['plan'].clients_per_pass} clients together"
+            f"{f['adapter_numbers']:,} numbers in the adapter, {together(f['plan'].clients_per_pass)}"
         )
         if facts["ranks"]:
             kinds = ", ".join(f"{count:,} of rank {name}" for name, count in facts["ranks"])
@@ -104,6 +104,12 @@ class Terminal:
             self.console.print(escape(f"{task}, {told['metric']}: {figures}"))
         for note in facts["notes"]:
             self.console.print(f"[yellow]note[/] {escape(note)}")
+
+    def _on_benchmarks_failed(self, facts: Mapping[str, Any]) -> None:
+        self._settle()
+        self.console.print()
+        words = f"benchmarks failed: {facts['why']}; the run is whole without them, ask again: {facts['again']}"
+        self.console.print(f"[yellow]note[/] {escape(words)}")
 
     def _on_end(self, facts: Mapping[str, Any]) -> None:
         self._settle()
@@ -152,6 +158,16 @@ def size(count: float) -> str:
     return f"{count:.1f} TB"
 
 
+def together(clients: int) -> str:
+    """Return how many clients share a pass, in words."""
+    return "1 client at a time" if clients == 1 else f"{clients} clients together"
+
+
+def shortened(name: str, most: int = 32) -> str:
+    """Return a name that leaves room for the figures beside it."""
+    return name if len(name) <= most else f"{name[: most - 1]}…"
+
+
 def closing_table(closing: "Closing", measure: str) -> Table:
     """Return the closing table of one measure: every client's own rows, and everybody's."""
     scores = closing.scores[measure]
@@ -163,7 +179,7 @@ def closing_table(closing: "Closing", measure: str) -> Table:
     view = table(title, "rows of", *who, "alone, on everybody's")
     for client in closing.clients[:MOST_CLIENTS]:
         own = [_figure(scores.get(client, {}).get(w), measure) for w in who]
-        view.add_row(escape(client), *own, _figure(shared.get(f"local:{client}"), measure))
+        view.add_row(escape(shortened(client)), *own, _figure(shared.get(f"local:{client}"), measure))
     if len(closing.clients) > MOST_CLIENTS:
         view.add_row(f"… {len(closing.clients) - MOST_CLIENTS} more in closing.json")
     view.add_section()
@@ -200,9 +216,9 @@ def verdict(closing: "Closing", measure: str) -> str:
 
 
 def json_lines(event: str, facts: Mapping[str, Any]) -> None:
-    """Write rounds, the closing table and the end to standard output, one JSON object a line."""
+    """Write rounds, the closing table, benchmarks and the end to standard output, one JSON object a line."""
     if event == "closing":
         facts = facts["closing"].as_dict()
-    if event in ("round", "closing", "benchmarks", "end"):
+    if event in ("round", "closing", "benchmarks", "benchmarks_failed", "end"):
         sys.stdout.write(json.dumps(plain({"event": event, **facts})) + "\n")
         sys.stdout.flush()

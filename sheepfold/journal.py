@@ -8,6 +8,7 @@
     state/            latest.safetensors, best.safetensors, round-0003.safetensors (every file is always whole)
     adapter/, best/   PEFT folders, written at the end
     model_card.md     what all of it amounts to, for whoever gets the adapter
+    .running          there and locked while a process is at the run
     tracking/         what each tracker was sent, where the run has any
 
 The journal's line goes to disk before the state does: a run that dies between the two drops the line when it resumes.
@@ -23,11 +24,12 @@ from pathlib import Path
 from typing import Any
 
 from sheepfold import state as states
-from sheepfold.config import Experiment, build, dump, read_yaml
+from sheepfold.config import EvaluationSettings, Experiment, build, dump, read_yaml
 from sheepfold.errors import CheckpointError, ConfigError
 
-MAY_CHANGE = frozenset({"name", "output", "cache", "keep_rounds", "baselines", "trackers", "tracker_args", "card"})
-"""Options that a resumed run may set anew: they change no number of the training."""
+MAY_CHANGE = {"name", "output", "cache", "keep_rounds", "baselines", "trackers", "tracker_args", "card"}
+MAY_CHANGE |= {f"evaluation.{name}" for name in EvaluationSettings.model_fields if name.startswith(("task", "allow"))}
+"""Options, or sections of them, that a resumed run may set anew: they change no number of the training."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +180,9 @@ def check_same(folder: RunFolder, now: Experiment) -> None:
     old, new = before.model_dump(mode="json"), now.model_dump(mode="json")
     planned = before.train.round_schedule in ("linear", "cosine")
     for key, was, is_ in _differences(old, new):
-        if key.split(".")[0] in MAY_CHANGE or (key == "federation.rounds" and not planned):
+        parts = key.split(".")
+        sections = {".".join(parts[:n]) for n in range(1, len(parts) + 1)}
+        if sections & MAY_CHANGE or (key == "federation.rounds" and not planned):
             continue
         raise ConfigError(
             f"--resume {folder.path}: {key} was {was!r} and is now {is_!r}; set it back, or start a new run"

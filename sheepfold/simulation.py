@@ -28,7 +28,8 @@ from sheepfold.state import ServerState
 from sheepfold.tracking.live import followed
 
 Listener = Callable[[str, Mapping[str, Any]], None]
-"""Is told what happens: (event, facts). Events: stage, start, round, progress, closing, benchmarks, end."""
+"""Is told what happens: (event, facts). Events: stage, start, round, progress, closing, benchmarks, benchmarks_failed,
+end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,9 +125,13 @@ def _run(parts: Parts, folder: RunFolder, state: ServerState | None, listener: L
     parts.engine.on_step = lambda steps: None
     _export(parts, folder, state)
     closing = _closing(parts, folder, state, lr, listener)
-    after_run.benchmarks(parts, folder, listener)
-    write_cards(folder)
-    listener("end", {"folder": str(folder.path), "adapter": state.hash(), "round": state.round})
+    write_cards(folder)  # all that was trained is told before benchmarks, which may fail
+    end = {"folder": str(folder.path), "adapter": state.hash(), "round": state.round}
+    if experiment.evaluation.tasks:
+        if why := after_run.benchmarks(parts, folder, listener):
+            end["failed_benchmarks"] = why
+        write_cards(folder)
+    listener("end", end)
     return Outcome(folder.path, state, closing, state.round < experiment.federation.rounds)
 
 

@@ -84,8 +84,8 @@ def command(
     if path is not None:
         results.check_place(path)
     asked = catalogue.check(settings)
-    if template == "run" and not (asked.harness or asked.code):
-        raise ConfigError(f"--template run has no effect on {', '.join(asked.names)}: own tasks always use it")
+    if template == "run":
+        catalogue.check_template(asked)
     report = _evaluated(source, names, settings, asked, device, bits, quiet=as_json)
     if path is not None:
         report.write(path)

@@ -2,7 +2,7 @@
 
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -11,15 +11,18 @@ import numpy as np
 
 from sheepfold.data.table import Counts
 from sheepfold.errors import CheckpointError
+from sheepfold.evaluation.benchmarks.after_run import FILE as END_OF_RUN
 from sheepfold.joining import Closing
 from sheepfold.journal import RunFolder
+from sheepfold.local.store import folder_name
 from sheepfold.report.adapters import AdapterFiles, read_adapter
 from sheepfold.report.benchmarks import Benchmark, read_benchmarks
 
 SLACK_S = 2.0
 """A closing table older than the journal by more than this was made before the run went on."""
 
-Phase = Literal["waiting", "training", "comparing", "finished", "stopped early"]
+Phase = Literal["waiting", "training", "comparing", "judging", "finished", "stopped early"]
+"""comparing: training baselines, and the closing table; judging: benchmarks (evaluation.tasks)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +74,7 @@ class RunFacts:
     """Whether closing.json was there, and older than the last rounds."""
     hash: str | None
     adapters: Mapping[str, AdapterFiles] = field(default_factory=dict)
-    """federated, best, and each personal adapter's folder name"""
+    """federated, best, and 'personal: ' and a client's name"""
     benchmarks: Sequence[Benchmark] = ()
 
     @property
@@ -143,7 +146,7 @@ def read_run(path: Path) -> RunFacts:
     data = folder.data() if (path / "data.json").exists() else None
     closing, stale = _closing(path)
     phase = _phase(path, settings, rounds, closing, stale)
-    current = phase in ("finished", "stopped early", "comparing")
+    current = phase in ("finished", "stopped early", "comparing", "judging")
     return RunFacts(
         path=path,
         name=str(settings["name"]),
@@ -158,7 +161,7 @@ def read_run(path: Path) -> RunFacts:
         closing=closing if current and not stale else None,
         stale_closing=closing is not None and (stale or not current),
         hash=lines[-1].get("adapter") if lines else None,
-        adapters=_adapters(path) if current else {},
+        adapters=_adapters(path, (data or {}).get("clients", {})) if current else {},
         benchmarks=read_benchmarks(path / "eval"),
     )
 
@@ -231,6 +234,9 @@ def _phase(
     compares = settings["baselines"] or settings["evaluation"]["metrics"] or any(settings["personal"].values())
     if compares and (closing is None or stale):
         return "comparing"
+    benchmarks = _written(path / "eval" / END_OF_RUN) or 0.0
+    if settings["evaluation"].get("tasks") and benchmarks < (_written(path / "rounds.jsonl") or 0) - SLACK_S:
+        return "judging"
     return "finished" if all_done else "stopped early"
 
 
@@ -252,9 +258,12 @@ def _table(data: Mapping[str, Any] | None) -> Counts | None:
     return Counts(tuple(held), tuple(names), rows)
 
 
-def _adapters(path: Path) -> dict[str, AdapterFiles]:
+def _adapters(path: Path, clients: Iterable[str]) -> dict[str, AdapterFiles]:
+    """Return the adapters by name; a client's own by the client's, which its folder's name need not show."""
     places = {"federated": path / "adapter", "best": path / "best"}
     if (path / "personal").is_dir():
-        places |= {f"personal: {folder.name}": folder for folder in sorted((path / "personal").iterdir())}
+        whose = {folder_name(client): client for client in clients}
+        folders = sorted((path / "personal").iterdir())
+        places |= {f"personal: {whose.get(folder.name, folder.name)}": folder for folder in folders}
     found = {name: read_adapter(place) for name, place in places.items()}
     return {name: files for name, files in found.items() if files is not None}

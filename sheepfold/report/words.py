@@ -114,6 +114,8 @@ def status(run: RunFacts, now: float | None = None) -> str:
         return f"Stopped early after {progress}, as stop.key {run.settings['stop']['key']} asks."
     if run.phase == "comparing":
         return f"All {plural(run.done, 'round')} are done; the closing comparison is running, or was interrupted."
+    if run.phase == "judging":
+        return f"All {plural(run.done, 'round')} are done; the benchmarks are running, failed, or were interrupted."
     if not run.rounds:
         return f"No round yet of {run.planned:,}: the journal has no line."
     if now is None or run.heard is None:
@@ -125,11 +127,12 @@ def status(run: RunFacts, now: float | None = None) -> str:
     return f"{progress.capitalize()}, running: {last}."
 
 
-def statuses(runs: Sequence[RunFacts], now: float | None = None) -> list[str]:
-    """Return a line on where a run stands; of several, one for each that has not ended."""
+def statuses(runs: Sequence[RunFacts], names: Sequence[str], now: float | None = None) -> list[str]:
+    """Return a line on where a run stands; of several, one for each that has not ended, by these names."""
     if len(runs) == 1:
         return [status(runs[0], now)]
-    return [f"{run.name}: {status(run, now)}" for run in runs if run.phase not in ("finished", "stopped early")]
+    going = [pair for pair in zip(names, runs, strict=True) if pair[1].phase not in ("finished", "stopped early")]
+    return [f"{name}: {status(run, now)}" for name, run in going]
 
 
 def tiles(run: RunFacts) -> list[tuple[str, str, str]]:

@@ -10,9 +10,11 @@ import pytest
 from sheepfold.data.rows import ClientRows, FederatedData, Record, TokenRows
 from sheepfold.errors import CheckpointError, ModelError
 from sheepfold.facts import MOST_CATEGORIES, category_rows
+from sheepfold.local.store import folder_name
+from sheepfold.report import words
 from sheepfold.report.adapters import read_adapter_facts
 from sheepfold.report.facts import read_run
-from tests.report.conftest import journal
+from tests.report.conftest import journal, renamed
 
 
 def test_every_number_of_a_round_is_the_journals(ran, facts):
@@ -57,6 +59,15 @@ def test_ranks_and_sizes_of_adapters_are_those_of_the_files(ran, facts):
     assert federated.file_bytes == (ran / "adapter" / "adapter_model.safetensors").stat().st_size
 
 
+def test_a_clients_adapter_has_the_clients_name(copied):
+    folder = copied()
+    renamed(folder, ("<b>a/b</b>", "n" * 200))
+    for i, name in enumerate(("<b>a/b</b>", "n" * 200)):
+        (folder / "personal" / f"client-{i}").rename(folder / "personal" / folder_name(name))
+    names = [f"personal: {name}" for name in ("<b>a/b</b>", "n" * 200, "client-2", "client-3")]
+    assert set(read_run(folder).adapters) == {"federated", *names}
+
+
 def test_a_run_that_ended_is_finished(facts):
     assert (facts.phase, facts.done, facts.planned) == ("finished", 2, 2)
     assert facts.closing.shared_rows > 0
@@ -86,6 +97,21 @@ def test_a_closing_table_older_than_the_last_round_is_not_shown(copied):
     old = (folder / "rounds.jsonl").stat().st_mtime - 60
     os.utime(folder / "closing.json", (old, old))
     assert (read_run(folder).phase, read_run(folder).closing) == ("comparing", None)
+
+
+def test_a_run_whose_benchmarks_are_to_come_is_being_judged(copied):
+    folder = copied(evaluation__tasks=["perplexity:rows.jsonl"])
+    facts = read_run(folder)
+    assert facts.phase == "judging"
+    assert facts.closing is not None
+    assert "benchmarks are running" in words.status(facts)
+    (folder / "eval").mkdir()
+    written = folder / "eval" / "end-of-run.json"
+    written.write_text("{}")
+    assert read_run(folder).phase == "finished"
+    old = (folder / "rounds.jsonl").stat().st_mtime - 60
+    os.utime(written, (old, old))
+    assert read_run(folder).phase == "judging"
 
 
 def test_a_run_without_a_line_is_waiting_and_a_half_line_is_not_one(copied):

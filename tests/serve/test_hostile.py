@@ -3,8 +3,10 @@
 import concurrent.futures
 import contextlib
 import json
+import os
 import socket
 import time
+from pathlib import Path
 
 import httpx
 import pytest
@@ -208,10 +210,8 @@ def test_what_is_not_http_is_answered_and_closed(server, text):
 
 def test_a_request_that_never_ends_is_given_up(server):
     head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\nContent-Type: application/json\r\n"
-    began = time.monotonic()
-    assert b" 408 " in raw(server, head)  # headers without their end
-    assert b" 408 " in raw(server, f"{head}Content-Length: 1000\r\n\r\n{{")  # a body without its end
-    assert time.monotonic() - began < 6
+    assert b" 408 " in raw(server, head, wait=30)  # headers without their end
+    assert b" 408 " in raw(server, f"{head}Content-Length: 1000\r\n\r\n{{", wait=30)  # a body without its end
 
 
 def test_connections_that_say_nothing_do_not_keep_others_out(server):
@@ -220,14 +220,37 @@ def test_connections_that_say_nothing_do_not_keep_others_out(server):
             held.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=5))
         answer = raw(server, "GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
         assert answer.startswith(b"HTTP/1.1 503")
-        time.sleep(1.3)  # body-seconds is 1
         with server.http() as http:
-            assert http.get("/health").status_code == 200
+            for _ in range(60):  # body-seconds is 1: then the silent ones are closed
+                if (status := http.get("/health").status_code) == 200:
+                    break
+                time.sleep(0.5)
+        assert status == 200
 
 
-def test_thirty_streams_broken_off_at_once_free_the_model(server):
-    """Each would take seconds; all of them together take as long as their first steps."""
-    body = plain(max_tokens=900, stream=True, temperature=2, top_p=1)
+def work(server: Server) -> float:
+    """Return the processor seconds that the server has taken: what it did, however busy the machine is."""
+    fields = Path(f"/proc/{server.process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+LONG: dict[str, object] = {"prompt": "1 2 3 4 5 6", "max_tokens": 900, "temperature": 0}
+"""To this the base has no end of answers."""
+
+
+@pytest.fixture(scope="module")
+def whole(server: Server) -> float:
+    """The work of one long answer to its last token."""
+    before = work(server)
+    with server.http() as http:
+        used = http.post(PLAIN, content=plain(**LONG), headers=JSON).json()["usage"]
+    assert used["completion_tokens"] == LONG["max_tokens"]
+    return work(server) - before
+
+
+def test_thirty_streams_broken_off_at_once_free_the_model(server, whole):
+    """All of them together are less work than a quarter of them to the end."""
+    body = plain(**LONG, stream=True)
 
     def leave(number: int) -> None:
         with server.http() as http, http.stream("POST", PLAIN, content=body, headers=JSON) as response:
@@ -235,25 +258,21 @@ def test_thirty_streams_broken_off_at_once_free_the_model(server):
             for _ in zip(range(2), response.iter_bytes(), strict=False):
                 pass
 
-    began = time.monotonic()
+    before = work(server)
     with concurrent.futures.ThreadPoolExecutor(30) as threads:
         list(threads.map(leave, range(30)))
-    assert told(server)
-    taken = time.monotonic() - began
+    assert told(server)  # is answered after them
+    assert work(server) - before < 30 / 4 * whole
     with server.http() as http:
         assert http.get("/health").json()["waiting"] == 0
-        began = time.monotonic()
-        http.post(PLAIN, content=plain(max_tokens=900, temperature=2), headers=JSON)
-        one = time.monotonic() - began
-    assert taken < 15 * one + 3, f"{taken:.1f} s for thirty, {one:.1f} s for a whole one"
 
 
-def test_clients_that_go_away_before_their_whole_answer_free_the_model(server):
-    body = plain(max_tokens=900, temperature=2)
+def test_clients_that_go_away_before_their_whole_answer_free_the_model(server, whole):
+    body = plain(**LONG)
     head = f"POST {PLAIN} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\nContent-Type: application/json\r\n"
+    before = work(server)
     for _ in range(10):
         with socket.create_connection(("127.0.0.1", server.port)) as line:
             line.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-    began = time.monotonic()
     assert told(server)
-    assert time.monotonic() - began < 10
+    assert work(server) - before < 10 / 4 * whole

@@ -4,10 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sheepfold.errors import ConfigError, missing_extra
 from sheepfold.evaluation.benchmarks import code_tasks, suite
 from sheepfold.evaluation.benchmarks.settings import Settings
+
+if TYPE_CHECKING:
+    from sheepfold.evaluation.benchmarks.harness import Tasks
 
 OWN = {
     "exact_match": "own rows: the generated answer is the row's",
@@ -15,6 +19,10 @@ OWN = {
     "perplexity": "own rows: nats per token of the answer, and perplexity",
     "choice": "own rows: the likeliest of each row's choices",
 }
+
+
+UNSPOKEN = ("perplexity", "choice")
+"""Own tasks in which the model says nothing: its likelihoods are what counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +38,11 @@ class Asked:
     def names(self) -> tuple[str, ...]:
         """Every task's name."""
         return (*self.harness, *self.code, *(task for task, _ in self.own))
+
+    @property
+    def own_answers(self) -> bool:
+        """Whether a task of own rows has the model give answers."""
+        return not {task for task, _ in self.own} <= set(UNSPOKEN)
 
 
 def listing() -> dict[str, str]:
@@ -80,8 +93,45 @@ def check(settings: Settings) -> Asked:
     return asked
 
 
+def check_all(settings: Settings, positions: int | None) -> None:
+    """Check as `check` does, and read the tasks' rows too: nothing is left to be found but with the model.
+
+    positions: what a prompt and its answer may take; None: no end. Raises ConfigError and DataError.
+    """
+    asked = check(settings)
+    if settings.template:
+        check_template(asked)
+    if asked.harness or asked.code:
+        load(asked, settings)
+    settings.check_positions(positions)
+
+
+def check_template(asked: Asked) -> None:
+    """Raise ConfigError where the run's template would be asked for, and is used anyway."""
+    if not (asked.harness or asked.code):
+        raise ConfigError(f"--template has no effect on {', '.join(asked.names)}: own tasks always use the run's")
+
+
+def load(asked: Asked, settings: Settings) -> "tuple[Tasks, list[str]]":
+    """Return the tasks of the harness and of programs with their rows, and a line about each that is left out.
+
+    Raises DataError for rows that cannot be had, ConfigError for options that none of the tasks takes.
+    """
+    from sheepfold.evaluation.benchmarks import harness
+
+    programs, skipped = code_tasks.tasks(asked.code, settings)
+    if asked.code and not programs:
+        raise ConfigError(f"{', '.join(asked.code)}: {'; '.join(skipped)}")
+    tasks = harness.load(asked.harness, settings, programs)
+    spoken = asked.own_answers or any(task.OUTPUT_TYPE == "generate_until" for task in tasks.tasks.values())
+    if settings.new_tokens is not None and not spoken:
+        raise ConfigError(f"--new-tokens has no effect on {', '.join(asked.names)}: likelihoods are compared there")
+    return tasks, skipped
+
+
 def _check_options(settings: Settings, asked: Asked) -> None:
     """Raise ConfigError for options that none of the tasks takes."""
+    spoken = asked.own_answers or asked.code
     idle: Sequence[tuple[str, bool, str]] = (
         ("--fields", bool(settings.fields) and not asked.own, ", ".join(OWN)),
         ("--data", bool(settings.data) and not _reads_data(settings), "tasks that name no file themselves"),
@@ -90,8 +140,13 @@ def _check_options(settings: Settings, asked: Asked) -> None:
         ("--allow-code", settings.allow_code and not asked.code, ", ".join(code_tasks.NAMES)),
         (
             "--temperature",
-            settings.temperature > 0 and not asked.code and {task for task, _ in asked.own} <= {"perplexity", "choice"},
+            settings.temperature > 0 and not spoken,
             f"{', '.join(code_tasks.NAMES)}, exact_match and rouge_l",
+        ),
+        (
+            "--new-tokens",
+            settings.new_tokens is not None and not (spoken or asked.harness),
+            "tasks whose answers are generated",
         ),
     )
     for option, useless, who in idle:

@@ -93,9 +93,7 @@ def _task(suite: str, language: str, documents: Sequence[dict[str, Any]], settin
             "filter_list": [{"name": "none", "filter": [{"function": "custom", "filter_fn": _verdicts}]}],
             "process_results": _pass_at_k,
             "metric_list": [
-                {"metric": f"pass@{k}", "aggregation": "mean", "higher_is_better": True}
-                for k in KS
-                if k <= settings.samples
+                {"metric": f"pass@{k}", "aggregation": "mean", "higher_is_better": True} for k in _ks(settings.samples)
             ],
             "metadata": {"version": 1.0},
         }
@@ -150,4 +148,9 @@ def _verdicts(responses: Sequence[Sequence[str]], documents: Sequence[Any]) -> l
 def _pass_at_k(document: Any, results: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, float]:
     """Return {"pass@k": estimate} of one problem, for each k up to the number of its answers."""
     (verdicts,) = results
-    return pass_at_ks(len(verdicts), sum(bool(v["passed"]) for v in verdicts), KS)
+    return pass_at_ks(len(verdicts), sum(bool(v["passed"]) for v in verdicts), _ks(len(verdicts)))
+
+
+def _ks(samples: int) -> list[int]:
+    """Return the k of pass@k that so many answers can tell, their own number among them."""
+    return sorted({*(k for k in KS if k <= samples), samples})

@@ -1,13 +1,12 @@
 """An evaluation from its settings to its report: every task, under every adapter asked for, side by side."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 from sheepfold.answering.model import Answering
 from sheepfold.data.turns import Template
-from sheepfold.errors import ConfigError
-from sheepfold.evaluation.benchmarks import code_tasks, own_tasks
+from sheepfold.evaluation.benchmarks import catalogue, own_tasks
 from sheepfold.evaluation.benchmarks.catalogue import Asked
 from sheepfold.evaluation.benchmarks.results import Report, TaskResult, versions
 from sheepfold.evaluation.benchmarks.settings import Settings
@@ -41,17 +40,14 @@ def _harness(
     from sheepfold.evaluation.benchmarks import harness
 
     tell(f"reading {', '.join([*asked.harness, *asked.code])}")
-    programs, skipped = code_tasks.tasks(asked.code, settings)
-    if asked.code and not programs:
-        raise ConfigError(f"{', '.join(asked.code)}: {'; '.join(skipped)}")
-    tasks = harness.load(asked.harness, settings, programs)
+    tasks, skipped = catalogue.load(asked, settings)
     template: Template | None = answering.template if settings.template else None
     for name, found in results.items():
         tell(f"{', '.join([*asked.harness, *asked.code])}: {name}")
         with answering.using([name]) as model:
             made = harness.evaluate(tasks, model, answering.base.tokenizer, template, settings)
         if skipped:
-            first = next(task for task in made if task.startswith("humaneval_x"))
+            first = next(task for task in made if task.startswith("humaneval"))
             made[first] = replace(made[first], facts={**made[first].facts, "notes": skipped})
         found |= made
 
@@ -65,12 +61,13 @@ def _facts(answering: Answering, settings: Settings) -> dict[str, Any]:
             "base": base.name,
             "revision": source.model.revision,
             "fingerprint": base.fingerprint,
+            "bits": answering.bits,
             "dtype": str(base.dtype).removeprefix("torch."),
             "device": base.device.type,
             "positions": answering.max_positions,
         },
         "run": run,
         "template": {"name": answering.template.name, "benchmarks_too": settings.template},
-        "settings": asdict(settings) | {"tasks": list(settings.tasks), "fields": dict(settings.fields)},
+        "settings": settings.as_dict(),
         "versions": versions(),
     }

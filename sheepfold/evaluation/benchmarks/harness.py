@@ -42,7 +42,13 @@ def check(names: Sequence[str], folder: str | None) -> tuple[Any, dict[str, list
     with quiet_harness():
         index = suite.manager(names)
     entries = index.task_index
-    single = list(dict.fromkeys(leaf for name in names for leaf in suite.leaves(entries, name)))
+    single: dict[str, str] = {}
+    for name in names:
+        for leaf in suite.leaves(entries, name):
+            if leaf in single:
+                raise ConfigError(f"{leaf} is part of {single[leaf]} and of {name}; leave one of them out")
+            single[leaf] = name
+            _refuse_unsafe(leaf, entries[leaf].cfg.get("unsafe_code"))
     files = suite.adjust(entries, single, folder)
     if folder is not None and names and not files:
         raise ConfigError(f"--data {folder} has no effect on {', '.join(names)}, whose rows come from the hub")
@@ -66,13 +72,17 @@ def load(names: Sequence[str], settings: Settings, more: Sequence[Any] = ()) -> 
             ) from None
     tasks = Tasks(loaded, files)
     for name, task in tasks.tasks.items():
-        if getattr(task, "UNSAFE_CODE", False) and not getattr(task, "sandboxed", False):
-            raise ConfigError(
-                f"{name}: the harness would run generated programs in this process; only humaneval and humaneval_x run "
-                "them held in"
-            )
+        _refuse_unsafe(name, getattr(task, "UNSAFE_CODE", False) and not getattr(task, "sandboxed", False))
     _set_shots(tasks, settings)
     return tasks
+
+
+def _refuse_unsafe(name: str, unsafe: Any) -> None:
+    if unsafe:
+        raise ConfigError(
+            f"{name}: the harness would run generated programs in this process; only humaneval and humaneval_x run "
+            "them held in"
+        )
 
 
 def _set_shots(tasks: Tasks, settings: Settings) -> None:
@@ -121,7 +131,7 @@ def _prepared(task: Any, model: Any, settings: Settings) -> Iterator[Shots]:
     task.set_fewshot_seed(settings.seed)
     before = task.config.generation_kwargs
     if task.OUTPUT_TYPE == "generate_until":
-        task.set_config("generation_kwargs", _lengths(task.task_name, before or {}, model, settings))
+        task.set_config("generation_kwargs", _lengths(before or {}, model, settings))
     try:
         with giving_way(task, model) as shots:
             yield shots
@@ -129,15 +139,12 @@ def _prepared(task: Any, model: Any, settings: Settings) -> Iterator[Shots]:
         task.set_config("generation_kwargs", before)
 
 
-def _lengths(name: str, usual: Mapping[str, Any], model: Any, settings: Settings) -> dict[str, Any]:
+def _lengths(usual: Mapping[str, Any], model: Any, settings: Settings) -> dict[str, Any]:
     """Return the generation settings with an answer that leaves half of the positions to the prompt."""
     most = model.max_length // 2
     if settings.new_tokens is None and model.new_tokens(usual) <= most:
         return dict(usual)
-    if settings.new_tokens is not None and settings.new_tokens >= model.max_length:
-        raise ConfigError(
-            f"--new-tokens {settings.new_tokens}: {name} needs a prompt too, of {model.max_length} tokens"
-        )
+    settings.check_positions(model.max_length)
     return {k: v for k, v in usual.items() if k not in LENGTHS} | {"max_gen_toks": settings.new_tokens or most}
 
 

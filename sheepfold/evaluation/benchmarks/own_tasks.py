@@ -38,7 +38,8 @@ def run(task: str, place: Path, answering: Answering, name: str, settings: Setti
     if task == "choice":
         return _choice(place, answering, name, settings)
     source = sources.read(DataSettings(source=str(place), fields=dict(settings.fields), rows=settings.limit))
-    facts = {"data": data_facts(place, source.dropped), "template": answering.template.name}
+    facts: dict[str, Any] = {"data": data_facts(place, source.dropped), "template": answering.template.name}
+    facts["notes"] = [f"{count:,} rows {why} are left out" for why, count in source.dropped.items()]
     if task == "perplexity":
         return _perplexity(source.records, answering, name, settings, facts)
     return _generated(task, source.records, answering, name, settings, facts)
@@ -80,7 +81,7 @@ def _generated(
     return TaskResult(
         {task: _score(values)},
         len(values),
-        facts={**facts, "decoding": decoding, **_left_out(len(records), len(values))},
+        facts=_with(facts, {"decoding": decoding}, _left_out(len(records), len(values))),
     )
 
 
@@ -104,7 +105,7 @@ def _perplexity(
     loss = merge(means)
     scores = {"nats_per_token": Score(loss.value, _ratio_error(means, loss)), "perplexity": Score(perplexity(loss))}
     more = {"target_tokens": int(loss.count), **_left_out(len(records), len(kept))}
-    return TaskResult(scores, len(kept), facts={**facts, **more})
+    return TaskResult(scores, len(kept), facts=_with(facts, more))
 
 
 def _tokens(records: Sequence[Record], answering: Answering) -> tuple[TokenRows, list[int]]:
@@ -189,6 +190,8 @@ def _index(answer: Any, choices: Sequence[str], where: str) -> int:
     told = str(answer).strip()
     if not isinstance(answer, int) and told in choices:
         return choices.index(told)
+    if isinstance(answer, int) and told in choices and choices.index(told) != answer:
+        raise DataError(f"{where}: the right answer {answer} is a choice and a place; give it as text, or a letter")
     place = int(told) if told.isdecimal() else ord(told.upper()) - ord("A") if len(told) == 1 else -1
     if not 0 <= place < len(choices):
         raise DataError(
@@ -196,6 +199,12 @@ def _index(answer: Any, choices: Sequence[str], where: str) -> int:
             "its place counted from 0, or its letter"
         )
     return place
+
+
+def _with(*parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return facts together, with the notes of all."""
+    notes = [note for part in parts for note in part.get("notes", ())]
+    return {key: value for part in parts for key, value in part.items()} | ({"notes": notes} if notes else {})
 
 
 def _some_left(left: int, rows: int, new_tokens: int) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sheepfold.errors import ConfigError
+from sheepfold.evaluation.benchmarks.settings import Settings
 from sheepfold.folders import replace_file, writing
 from sheepfold.journal import plain
 
@@ -77,6 +78,16 @@ class Report:
             }
         )
 
+    def answers(self, settings: Settings, adapters: Mapping[str, str | None]) -> bool:
+        """Return whether asking these adapters (name -> hash) so, with the libraries of today, is what was done."""
+        same = self.facts.get("settings") == settings.as_dict() and self.facts.get("versions") == versions()
+        return same and dict(self.adapters) == dict(adapters)
+
+    def data(self, task: str) -> str | None:
+        """Return the sha256 of the rows that a task was asked on; None where it has none of its own."""
+        first = next(iter(self.results.values()))
+        return first[task].facts["data"].get("sha256") if task in first and "data" in first[task].facts else None
+
     def write(self, path: Path) -> None:
         """Write the JSON, whole or not at all. Raises CheckpointError where the disk refuses."""
         with writing(path):
@@ -120,6 +131,27 @@ class Report:
                 shown.append(task)
                 shown += [m for m in result.members if deep and (results[m].members or len(result.members) <= 8)]
         return [task for task in dict.fromkeys(shown) if results[task].scores]
+
+
+def read(path: Path) -> Report | None:
+    """Return the report that `Report.write` wrote; None where there is none, or none of ours."""
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+        results = {name: {t: _task(r) for t, r in own["results"].items()} for name, own in told["adapters"].items()}
+        adapters = {name: own["hash"] for name, own in told["adapters"].items()}
+        facts = {key: value for key, value in told.items() if key not in ("format", "tasks", "adapters")}
+        return Report(tuple(told["tasks"]), adapters, results, facts) if told["format"] == FORMAT else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _task(told: Mapping[str, Any]) -> TaskResult:
+    facts = {key: value for key, value in told.items() if key not in ("metrics", "rows", "members")}
+    scores = {
+        name: Score(float("nan") if s["value"] is None else s["value"], s["stderr"])
+        for name, s in told["metrics"].items()
+    }
+    return TaskResult(scores, told["rows"], tuple(told.get("members", ())), facts)
 
 
 def _notes(task: str, result: TaskResult) -> list[str]:

@@ -1,7 +1,9 @@
 """What an evaluation is asked to do, whichever way it was asked: the command line or the experiment file."""
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from sheepfold.errors import ConfigError
 
@@ -42,7 +44,20 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"--{name.replace('_', '-')} {value}: expected {least} or more")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ConfigError(f"--temperature {self.temperature}: expected 0 (greedy) or more")
         if self.samples > 1 and self.temperature == 0:
             raise ConfigError(
                 f"--samples {self.samples}: greedy answers are all the same; add --temperature, such as 0.2"
             )
+
+    def check_positions(self, positions: int | None) -> None:
+        """Raise ConfigError where answers may be so long that no prompt fits the model; positions None: no end."""
+        if self.new_tokens is not None and positions is not None and self.new_tokens >= positions:
+            raise ConfigError(
+                f"--new-tokens {self.new_tokens}: the model has {positions} positions, and a prompt needs some too"
+            )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return all of it, ready for JSON."""
+        return asdict(self) | {"tasks": list(self.tasks), "fields": dict(self.fields)}
