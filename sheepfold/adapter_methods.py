@@ -64,10 +64,11 @@ def _stabilised(values: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(
                 f"method 'rslora' and {other} are both set: rslora scales by one rank; use lora, scaled by alpha / rank"
             )
-    rank, alpha = values.get("rank", 8), values.get("alpha", 16.0)
-    if isinstance(rank, int) and rank > 0 and isinstance(alpha, int | float):
-        values["alpha"] = alpha * math.sqrt(rank)
-    return {**values, "method": "lora"}
+    try:
+        rank, alpha = int(values.get("rank", 8)), float(values.get("alpha", 16.0))
+    except (TypeError, ValueError):
+        return {**values, "method": "lora"}  # the section's own checks say what is wrong with them
+    return {**values, "method": "lora", "alpha": alpha * math.sqrt(rank) if rank > 0 else alpha}
 
 
 def check_soft(method: str, options: Mapping[str, Any]) -> None:

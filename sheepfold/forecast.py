@@ -166,7 +166,7 @@ def _shown(f: Forecast) -> str:
 
 def show(foreseen: Forecast) -> None:
     """Print a forecast for people."""
-    from sheepfold.display import size
+    from sheepfold.display import size, together
     from sheepfold.terminal import console, table
 
     f = foreseen
@@ -183,7 +183,7 @@ def show(foreseen: Forecast) -> None:
         ),
         (
             "passes",
-            f"{f.plan.clients_per_pass} clients together, at most {f.plan.micro_tokens:,} tokens a forward pass",
+            f"{together(f.plan.clients_per_pass)}, at most {f.plan.micro_tokens:,} tokens a forward pass",
         ),
         (
             "memory",

@@ -183,7 +183,8 @@ def compare(
     tuned: ClientStore | None = None,
 ) -> Closing:
     """Score everybody on each client's own rows and on everybody's; measures are 'loss' and the run's metrics."""
-    made: dict[str, Callable[[], Adapter]] = {"base": lambda: parts.initial, "federated": state.whole}
+    base = parts.initial if parts.engine.bare is None else parts.engine.bare
+    made: dict[str, Callable[[], Adapter]] = {"base": lambda: base, "federated": state.whole}
     if central is not None:
         made["centralised"] = lambda: central
     who = list(made)

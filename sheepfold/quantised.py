@@ -22,7 +22,7 @@ def options(bits: int, place: torch.device, dtype: torch.dtype) -> dict[str, Any
         raise missing_extra(f"--bits {bits}", "bitsandbytes", "quant")
     from transformers import BitsAndBytesConfig
 
-    _hush()
+    hush()
     four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
     config = BitsAndBytesConfig(**(four if bits == 4 else {"load_in_8bit": True}))
     return {"quantization_config": config, "device_map": {"": str(place)}}
@@ -40,7 +40,7 @@ def check(model: nn.Module, bits: int, place: torch.device, base: str) -> None:
             )
 
 
-def _hush() -> None:
-    """Keep bitsandbytes from telling at every call that inputs are cast, and that an optional package is missing."""
+def hush() -> None:
+    """Keep bitsandbytes, which PEFT imports, from telling of casts at every call and of an optional package."""
     warnings.filterwarnings("ignore", message="MatMul8bitLt")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -5,6 +5,7 @@ A carrier's `using(names)` yields a transformers model in which row i of a batch
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -12,10 +13,11 @@ import torch
 from sheepfold.adapter import Adapter, LoraPair
 from sheepfold.answering.source import BASE, Source
 from sheepfold.engines.injection import CohortModel, Selection, Stack, stacked
-from sheepfold.errors import AdapterMismatch, CheckpointError
+from sheepfold.errors import AdapterMismatch, CheckpointError, ModelError
 from sheepfold.loading import quiet
 from sheepfold.models import Base, load_base
 from sheepfold.peft_io import check_fits
+from sheepfold.quantised import hush
 
 MOST_STACKS = 4
 """Combinations of adapters kept on the device."""
@@ -34,12 +36,15 @@ class Carrier(Protocol):
         """Give the base back as it was."""
 
 
-def carrier(source: Source, base: Base) -> Carrier:
-    """Return what carries the source's adapters. Raises ModelError or AdapterMismatch where they are not the base's."""
+def carrier(source: Source, base: Base, bits: int | None = None) -> Carrier:
+    """Return what carries the source's adapters; bits: to how many a model of its own is quantised.
+
+    Raises ModelError or AdapterMismatch where they are not the base's.
+    """
     if source.names == (BASE,):
         return Bare(base)
     if source.is_full:
-        return Whole(source, base)
+        return Whole(source, base, bits)
     if source.is_lora(source.default) and not _adapts_head(source.adapter(source.default), base):
         return Lora(source, base)
     return Peft(source, base)
@@ -92,7 +97,9 @@ class Lora:
             yield self.cohort.model
 
     def _stack(self, kinds: tuple[str, ...]) -> Stack:
-        if kinds not in self._stacks:
+        if kinds in self._stacks:
+            self._stacks[kinds] = self._stacks.pop(kinds)  # the least recently asked goes first
+        else:
             while len(self._stacks) >= MOST_STACKS:
                 self._stacks.pop(next(iter(self._stacks)))
             made = stacked([self._adapter(name) for name in kinds], self.base.device, grad=False)
@@ -112,6 +119,13 @@ class Lora:
 
 def _zeros(like: LoraPair) -> LoraPair:
     return LoraPair(torch.zeros(1, like.A.shape[1]), torch.zeros(like.B.shape[0], 1), 1.0)
+
+
+def _check_folder(source: Source, folder: Path) -> None:
+    if source.run is not None and not folder.is_dir():
+        raise CheckpointError(f"{folder}: not there yet; it is written when the run ends")
+    if source.run is None and (folder.is_file() or source.adapter_config is not None):
+        raise ModelError(f"{folder}: no LoRA, and other methods are read as whole folders; give the PEFT folder")
 
 
 class Peft:
@@ -142,11 +156,11 @@ class Peft:
         self.model.requires_grad_(False).eval()
 
     def _load(self, name: str) -> None:
+        hush()
         from peft import PeftModel
 
         folder, known = self.source.place(name), f"a{len(self._loaded)}"
-        if not folder.is_dir():
-            raise CheckpointError(f"{folder}: not there yet; it is written when the run ends")
+        _check_folder(self.source, folder)
         with quiet():
             if self._loaded:
                 self.model.load_adapter(str(folder), adapter_name=known)
@@ -163,8 +177,8 @@ class Whole:
 
     mixes = False
 
-    def __init__(self, source: Source, base: Base) -> None:
-        self.source, self.base = source, base
+    def __init__(self, source: Source, base: Base, bits: int | None = None) -> None:
+        self.source, self.base, self.bits = source, base, bits
         self._name = BASE
         self._model: Any = base.model
 
@@ -176,10 +190,10 @@ class Whole:
             return
         if name != self._name:
             folder = self.source.place(name)
-            if not folder.is_dir():
-                raise CheckpointError(f"{folder}: not there yet; it is written when the run ends")
+            _check_folder(self.source, folder)
             settings = self.source.model.model_copy(update={"base": str(folder), "revision": None})
-            self._model = load_base(settings, str(self.base.device), self.base.tokenizer).model
+            self._name, self._model = BASE, self.base.model  # never three in memory
+            self._model = load_base(settings, str(self.base.device), self.base.tokenizer, self.bits).model
             self._name = name
         yield self._model
 

@@ -4,26 +4,26 @@ open_source(find("runs/demo")) ─▶ Answering ─ prompt ─ answer | stream |
 """
 
 import contextlib
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from threading import Lock
+from threading import Lock, get_ident
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from sheepfold.answering.batch import Batch
 from sheepfold.answering.carriers import Carrier, carrier
 from sheepfold.answering.prompts import Prompt, Prompter
 from sheepfold.answering.source import Source
-from sheepfold.answering.streaming import Piece, Recorder, Row, TokenScore, steps, token_scores
+from sheepfold.answering.streaming import Piece, Recorder, Row, Steps, TokenScore, steps, token_scores
 from sheepfold.config import GenerationSettings
 from sheepfold.data import templates
 from sheepfold.data.rows import Message, Record
 from sheepfold.errors import ConfigError
 from sheepfold.evaluation import soft_prompts
-from sheepfold.evaluation.generation import Draws, decode, decoding, pad_left, room_for, until
+from sheepfold.evaluation.generation import room_for
 from sheepfold.models import Base, load_base, max_positions
 
 
@@ -44,14 +44,14 @@ def open_source(source: Source, device: str = "auto", bits: int | None = None) -
     bits: 8 or 4 load the base quantised by bitsandbytes. Raises ModelError, AdapterMismatch or ConfigError.
     """
     base = load_base(source.model, device, bits=bits)
-    return Answering(source, base, carrier(source, base))
+    return Answering(source, base, carrier(source, base, bits), bits)
 
 
 class Answering:
     """A base and its adapters, ready to answer; one request is computed at a time."""
 
-    def __init__(self, source: Source, base: Base, carried: Carrier) -> None:
-        self.source, self.base = source, base
+    def __init__(self, source: Source, base: Base, carried: Carrier, bits: int | None = None) -> None:
+        self.source, self.base, self.bits = source, base, bits
         self.names, self.default = source.names, source.default
         self.template = templates.find(source.data, base.tokenizer)
         with carried.using([source.default]) as model:
@@ -61,6 +61,7 @@ class Answering:
         self.prompter = Prompter(self.template, base.tokenizer, self.max_positions)
         self._carrier = carried
         self._lock = Lock()  # not reentrant, so that it can be freed by another thread than took it
+        self._holder: int | None = None
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="answering")
 
     def __enter__(self) -> Self:
@@ -82,13 +83,29 @@ class Answering:
     def using(self, names: Sequence[str]) -> Iterator[Any]:
         """Yield the transformers model in which row i of a batch answers under names[i]; one name: every row.
 
-        One thread at a time: others wait. Raises ConfigError for names that the method cannot mix in a batch.
+        One thread at a time: others wait. Raises ConfigError for names that the method cannot mix in a batch, and
+        RuntimeError where this thread holds the model already: to answer or score inside the block would wait forever.
         """
+        self.check_free()
         kinds = {self.check(name) for name in names}
         if len(kinds) > 1 and not self._carrier.mixes:
             raise ConfigError(f"{self.source.name}: only LoRA adapters share a batch; ask {sorted(kinds)} one by one")
         with self._lock, self._carrier.using(names) as model:
-            yield model
+            self._holder = get_ident()
+            try:
+                yield model
+            finally:
+                self._holder = None
+
+    def check_free(self) -> None:
+        """Raise RuntimeError where this thread is inside a `using` block."""
+        if self._holder == get_ident():
+            raise RuntimeError("this thread holds the model: leave the `using` block before asking for more")
+
+    def submit(self, run: Callable[[Any, Any], Tensor], recorder: Recorder | None, *, ticks: bool) -> Steps:
+        """Return the steps of a generation that the worker computes: see streaming.steps."""
+        self.check_free()
+        return steps(run, self._worker, recorder, ticks=ticks)
 
     def prompt(self, messages: Sequence[Message], max_new_tokens: int, turns: int | None = None) -> Prompt:
         """Return the prompt for a conversation: see Prompter.of_messages."""
@@ -114,11 +131,12 @@ class Answering:
     ) -> Iterator[Piece]:
         """Yield every prompt's answer in pieces, all rows together; names: one for each prompt, or one for all.
 
-        With more than one beam a row's answer comes whole. top_logprobs: also score each token, with this many of the
-        likeliest. One seed gives one answer to a prompt; the same prompt twice under one name gets different draws.
+        With more than one beam a row's answer comes whole, after pieces without text, one a step. top_logprobs: also
+        score each token, with this many of the likeliest. One seed gives one answer to a prompt; the same prompt twice
+        under one name gets different draws. Raises ConfigError for an unknown name.
         Closing the iterator stops the model after its current step.
         """
-        each = [self.check(name) for name in names] * (len(prompts) if len(names) == 1 else 1)
+        each = self._each(names, prompts)
         rows = [
             Row(i, self.base.tokenizer, frozenset(self.base.stop_ids), tuple(stop), prompt.lead)
             for i, prompt in enumerate(prompts)
@@ -128,8 +146,8 @@ class Answering:
         alike = [(r, len(p.ids) if self._alike else 0) for r, p in zip(room, prompts, strict=True)]
         for group in self._groups(each, alike):
             mine = [prompts[i] for i in group], [each[i] for i in group], [rows[i] for i in group]
-            one = _Batch(self, *mine, room[group[0]])
-            yield from one.pieces(settings, seed, top_logprobs)
+            one = Batch(self, *mine, room[group[0]], settings)
+            yield from one.pieces(seed, top_logprobs)
 
     def answer(
         self,
@@ -141,7 +159,7 @@ class Answering:
         stop: Sequence[str] = (),
     ) -> list[Answer]:
         """Return every prompt's whole answer, settings.batch_rows at a time: see stream."""
-        each = list(names) * (len(prompts) if len(names) == 1 else 1)
+        each = self._each(names, prompts)
         answers: list[Answer] = []
         for first in range(0, len(prompts), settings.batch_rows):
             part = slice(first, first + settings.batch_rows)
@@ -167,17 +185,20 @@ class Answering:
 
         Log-probabilities are in nats, from float32 logits; `top` likeliest tokens stand beside each.
         """
-        each = [self.check(name) for name in names] * (len(prompts) if len(names) == 1 else 1)
+        each = self._each(names, prompts)
         scores: list[list[TokenScore]] = [[] for _ in prompts]
         for group in self._groups(each):
             for first in range(0, len(group), batch_rows):
                 part = group[first : first + batch_rows]
-                for i, logits in zip(
-                    part, self._logits([prompts[i] for i in part], [each[i] for i in part]), strict=True
-                ):
+                found = self._logits([prompts[i] for i in part], [each[i] for i in part])
+                for i, logits in zip(part, found, strict=True):
                     logprobs = torch.log_softmax(logits[:-1].float(), dim=-1).cpu()
                     scores[i] = token_scores(logprobs, prompts[i][1:].tolist(), self.base.tokenizer, top)
         return scores
+
+    def _each(self, names: Sequence[str], rows: Sequence[object]) -> list[str]:
+        """Return one checked name for each row; a single one is for all. Raises ConfigError for an unknown name."""
+        return [self.check(name) for name in names] * (len(rows) if len(names) == 1 else 1)
 
     def _logits(self, rows: Sequence[Tensor], names: Sequence[str]) -> list[Tensor]:
         """Return each row's logits, (tokens, vocabulary)."""
@@ -196,74 +217,3 @@ class Answering:
         own = [""] * len(names) if self._carrier.mixes else names
         kinds = list(zip(own, alike or [None] * len(names), strict=True))
         return [[i for i, kind in enumerate(kinds) if kind == one] for one in dict.fromkeys(kinds)]
-
-
-@dataclass(slots=True)
-class _Batch:
-    """Rows that are answered together."""
-
-    answering: Answering
-    prompts: Sequence[Prompt]
-    names: Sequence[str]
-    rows: Sequence[Row]
-    room: int
-    """New tokens that each may have."""
-
-    def pieces(self, settings: GenerationSettings, seed: int, top: int | None) -> Iterator[Piece]:
-        if settings.beams > 1:
-            yield from self._searched(settings, top)
-            return
-        recorder = Recorder(self.answering.base.tokenizer, top) if top is not None else None
-        each = steps(
-            lambda feed, left: self._run(settings, seed, recorder, feed, left), self.answering._worker, recorder
-        )
-        with contextlib.closing(each):
-            for tokens, scores in each:
-                for row, token in zip(self.rows, tokens, strict=True):
-                    if row.finished is not None:
-                        continue
-                    yield from _some(row.take(token, scores[self.rows.index(row)] if scores else None))
-                    if row.finished is None and len(row.ids) >= self.room:
-                        yield row.end("length")
-                if all(row.finished is not None for row in self.rows):
-                    return
-
-    def _run(
-        self, settings: GenerationSettings, seed: int, recorder: Recorder | None, feed: Any = None, left: Any = None
-    ) -> Tensor:
-        base, ids = self.answering.base, [p.ids for p in self.prompts]
-        seen: Counter[tuple[str, bytes]] = Counter()
-        repeats = []
-        for name, row in zip(self.names, ids, strict=True):
-            key = (name, row.numpy().tobytes())
-            repeats.append(seen[key])
-            seen[key] += 1
-        processors: list[Any] = [recorder] if recorder else []
-        processors += [Draws(ids, settings, seed, repeats)] if settings.temperature else []
-        config = decoding(self.room, settings.beams, base.tokenizer.pad_token_id, base.stop_ids)
-        watchers = {} if feed is None else {"streamer": feed, "stopping_criteria": [left]}
-        with self.answering.using(self.names) as model:
-            return decode(model, *pad_left(ids, base.tokenizer.pad_token_id), config, processors, **watchers)
-
-    def _searched(self, settings: GenerationSettings, top: int | None) -> Iterator[Piece]:
-        """Yield each row's answer whole: which beam wins is known at the end."""
-        found = self.answering._worker.submit(self._run, settings, 0, None).result()
-        for row, tokens in zip(self.rows, found.tolist(), strict=True):
-            ids = until(tokens, self.answering.base.stop_ids)
-            scores = self._scored(row, ids, top)
-            pieces = [row.take(token, score) for token, score in zip(ids, scores, strict=True) if row.finished is None]
-            last = [] if row.finished else [row.end("length" if len(ids) >= self.room else "stop")]
-            whole = [piece for piece in [*pieces, *last] if piece is not None]
-            said = tuple(token for piece in whole for token in piece.tokens)
-            yield Piece(row.number, "".join(piece.text for piece in whole), said, row.finished)
-
-    def _scored(self, row: Row, ids: list[int], top: int | None) -> Sequence[TokenScore | None]:
-        if top is None or not ids:
-            return [None] * len(ids)
-        at = self.rows.index(row)
-        whole = torch.cat([self.prompts[at].ids, torch.tensor(ids)])
-        return self.answering.score([whole], [self.names[at]], top)[0][-len(ids) :]
-
-
-def _some(piece: Piece | None) -> list[Piece]:
-    return [] if piece is None else [piece]

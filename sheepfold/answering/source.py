@@ -7,11 +7,10 @@ a base             base
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import unquote
 
 from sheepfold import peft_io
 from sheepfold import state as states
@@ -44,6 +43,7 @@ class Source:
     folder: Path | None = None
     """An adapter's own folder or weights file, where it is no run's."""
     adapter_config: Path | None = None
+    _read: dict[str, "Adapter"] = field(default_factory=dict, compare=False, repr=False)
 
     def check(self, name: str) -> str:
         """Return the name, if there is one like it; raises ConfigError with the nearest ones."""
@@ -60,12 +60,20 @@ class Source:
         return _is_plain_lora(self.place(name), self.adapter_config)
 
     def adapter(self, name: str) -> "Adapter":
-        """Return a LoRA adapter as a value, read now. Raises CheckpointError or ModelError where it cannot be."""
+        """Return a LoRA adapter as a value; those that all share are read once.
+
+        Raises CheckpointError or ModelError where it cannot be read.
+        """
         self.check(name)
-        if self.run is None:
-            return peft_io.read_peft(self.place(name), self.adapter_config)
         if name.startswith(CLIENT):
             return peft_io.read_peft(self.place(name))
+        if name not in self._read:  # once: a run that goes on would make one name mean two adapters
+            self._read[name] = self._shared(name)
+        return self._read[name]
+
+    def _shared(self, name: str) -> "Adapter":
+        if self.run is None:
+            return peft_io.read_peft(self.place(name), self.adapter_config)
         return states.load(self.run.best if name == BEST else self.run.latest).whole()
 
     def adapter_hash(self, name: str) -> str | None:
@@ -119,6 +127,8 @@ def find(
         raise ConfigError("name a run's folder, an adapter's folder or a base, such as runs/demo")
     path = Path(place) if place is not None else None
     if path is not None and (path / "experiment.yaml").is_file():
+        if adapter_config is not None:
+            raise ConfigError(f"--adapter-config has no effect on {path}, which is a run's folder; leave it out")
         return _of_run(path, base, template)
     if path is not None and (path.is_file() or _holds_adapter(path)):
         return _of_adapter(path, base, adapter_config, template)
@@ -138,10 +148,12 @@ def _of_run(path: Path, base: str | None, template: str | None) -> Source:
     experiment = run.experiment()
     if not run.latest.is_file():
         raise CheckpointError(f"{path}: the run has no state yet; wait for its first evaluation, or run it again")
-    model = experiment.model.model_copy(update={"base": base}) if base else experiment.model
+    model = experiment.model.model_copy(update={"base": base, "revision": None}) if base else experiment.model
     data = experiment.data.model_copy(update={"template": template}) if template else experiment.data
     best = (BEST,) if run.best.is_file() else ()
-    clients = sorted(CLIENT + unquote(folder.name) for folder in run.personal.glob("*") if folder.is_dir())
+    # From names to folders, never back: long names are cut in the folder's.
+    known = run.data()["clients"] if run.personal.is_dir() else ()
+    clients = sorted(CLIENT + name for name in known if (run.personal / folder_name(name)).is_dir())
     names = (BASE, FEDERATED, *best, *clients)
     return Source(path.resolve().name, model, data, experiment.seed, names, FEDERATED, run)
 

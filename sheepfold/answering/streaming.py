@@ -7,7 +7,7 @@ time, and the worker ends after its current step.
 """
 
 import queue
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from threading import Event
@@ -60,6 +60,8 @@ class Row:
     _ends: list[int] = field(default_factory=list)
     """Where each token's text ends, in characters"""
     _text: str = ""
+    _begun: str = ""
+    """Text so far, while it may be the lead"""
     _first: int = 0
     """The token from which the next text is decoded: decoding all of them at every step would be quadratic"""
     _read: int = 0
@@ -93,8 +95,17 @@ class Row:
         if len(now) <= len(before) or (now.endswith("\ufffd") and not last):
             return ""
         self._first, self._read = self._read, len(self.ids)
+        return self._without_lead(now[len(before) :], last)
+
+    def _without_lead(self, new: str, last: bool) -> str:
+        """Return new text without what the template begins answers with; what may be that is waited for."""
+        if not self.lead:
+            return new
+        self._begun += new
+        if self.lead.startswith(self._begun) and self._begun != self.lead and not last:
+            return ""
         lead, self.lead = self.lead, ""
-        return now[len(before) :].removeprefix(lead)
+        return self._begun.removeprefix(lead)
 
     def _decode(self, ids: list[int]) -> str:
         text: str = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -180,12 +191,14 @@ class _Feed:
 
 
 class _Left:
-    """A stopping criterion: whoever reads has left, or every row is done."""
+    """A stopping criterion: whoever reads has left. tell: called at every step, where it is asked for."""
 
-    def __init__(self) -> None:
-        self.event = Event()
+    def __init__(self, tell: Callable[[], None] | None) -> None:
+        self.event, self.tell = Event(), tell
 
     def __call__(self, ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        if self.tell is not None:
+            self.tell()
         return torch.full((ids.shape[0],), self.event.is_set(), device=ids.device)
 
 
@@ -193,20 +206,22 @@ DONE = object()
 
 Step = tuple[list[int], list[TokenScore] | None]
 """(rows,) tokens and, where a recorder is there, their scores"""
+Steps = Generator[Step, None, Tensor]
+"""Steps, and at the end all new tokens, (rows, tokens)"""
 
 
-def steps(run: Any, worker: Executor, recorder: Recorder | None) -> Generator[Step, None, None]:
+def steps(run: Callable[[Any, Any], Tensor], worker: Executor, recorder: Recorder | None, *, ticks: bool) -> Steps:
     """Yield each step's tokens, and their scores where a recorder is there, while `run(streamer, criterion)` works.
 
-    run is called in the worker; what it raises is raised here. Closing the iterator ends it after the current step.
+    run is called in the worker; what it raises is raised here, what it returns is returned. ticks: steps without tokens
+    instead, for searches, which take no streamer. Closing the iterator ends the work after its current step.
     """
     told: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    left = _Left()
+    left = _Left((lambda: told.put(([], None))) if ticks else None)
 
-    def work() -> None:
+    def work() -> Tensor:
         try:
-            if not left.event.is_set():
-                run(_Feed(told, recorder), left)
+            return run(_Feed(told, recorder), left) if not left.event.is_set() else torch.empty(0)
         finally:
             told.put(DONE)
 
@@ -214,7 +229,7 @@ def steps(run: Any, worker: Executor, recorder: Recorder | None) -> Generator[St
     try:
         while (step := told.get()) is not DONE:
             yield step
-        job.result()
+        return job.result()
     finally:
         left.event.set()
         job.cancel()

@@ -18,6 +18,7 @@ from sheepfold.engines.injection import chains
 from sheepfold.engines.peft_methods import check_connected, check_targets, own_name, peft_config
 from sheepfold.errors import AdapterMismatch, ConfigError
 from sheepfold.loading import TROUBLE, first_line
+from sheepfold.quantised import hush
 from sheepfold.rng import derive
 
 
@@ -139,6 +140,7 @@ class PeftCarrier:
     """Any other PEFT method; its trained parameters travel whole, a prompt encoder's own ones included."""
 
     def __init__(self, model: Any, settings: AdapterSettings, seed: int) -> None:
+        hush()
         config = peft_config(settings, model)
         try:
             with torch.random.fork_rng():

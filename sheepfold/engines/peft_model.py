@@ -4,8 +4,10 @@ It trains any PEFT method, and all weights (`adapter.method: full`); the cohort 
 rows, steps, learning rates, clipping and loss as there, written the ordinary way.
 """
 
+import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +19,7 @@ from torch import Tensor
 from sheepfold.adapter import Adapter, kind
 from sheepfold.config import AdapterSettings, GenerationSettings, TrainSettings
 from sheepfold.data.rows import IGNORED, TokenRows
-from sheepfold.engines.carriers import SideHooks, carrier
+from sheepfold.engines.carriers import PeftCarrier, SideHooks, carrier
 from sheepfold.engines.common import FIRST_LOSS_SCALE, Local, LocalEngine, Work
 from sheepfold.local import optimizers
 from sheepfold.local.rules import Factors, LocalRule
@@ -159,11 +161,11 @@ class PeftModelEngine(LocalEngine):
         """Return the loss of adapters[a] on the given rows for each (a, row numbers) of the work, by tokens."""
         means = [Mean()] * len(work)
         for a, adapter in enumerate(adapters):
-            self._show(adapter)
-            for i, (owner, numbers) in enumerate(work):
-                for first in range(0, len(numbers) if owner == a else 0, rows):
-                    losses = self._losses(numbers[first : first + rows])
-                    means[i] += Mean(float(losses.double().sum()), float(len(losses)))
+            with self._showing(adapter):
+                for i, (owner, numbers) in enumerate(work):
+                    for first in range(0, len(numbers) if owner == a else 0, rows):
+                        losses = self._losses(numbers[first : first + rows])
+                        means[i] += Mean(float(losses.double().sum()), float(len(losses)))
         return means
 
     def generate(
@@ -174,18 +176,31 @@ class PeftModelEngine(LocalEngine):
 
         answers = []
         for a, numbers in work:
-            self._show(adapters[a])
             prompts = [self.tokens.prompt(int(n)) for n in numbers]
-            answers.append(
-                generate(self.carrier.model, prompts, settings, seed=self.seed, pad_token_id=pad_id, eos_token_ids=eos)
-            )
+            with self._showing(adapters[a]):
+                model = self.carrier.model
+                made = generate(model, prompts, settings, seed=self.seed, pad_token_id=pad_id, eos_token_ids=eos)
+            answers.append(made)
         return answers
 
-    def _show(self, adapter: Adapter) -> None:
-        """Make the model carry an adapter for evaluation: without dropout, which PEFT's fresh layers have on."""
+    @contextmanager
+    def _showing(self, adapter: Adapter) -> Iterator[None]:
+        """Let the model carry an adapter for evaluation: without dropout, which PEFT's fresh layers have on.
+
+        One without any tensor is the bare base.
+        """
         self.side.put(Adapter())
-        self.carrier.write(adapter)
+        if adapter.tensors():
+            self.carrier.write(adapter)
+        bare = contextlib.nullcontext() if adapter.tensors() else self.carrier.model.disable_adapter()
         self.carrier.model.eval()
+        with bare:
+            yield
+
+    @property
+    def bare(self) -> Adapter | None:
+        """What stands for the bare base, where a fresh adapter is not that already: virtual tokens are random."""
+        return Adapter() if isinstance(self.carrier, PeftCarrier) else None
 
     def close(self) -> None:
         """Nothing to put back: PEFT keeps the model."""

@@ -87,7 +87,8 @@ class ClientStore:
 def folder_name(client: str) -> str:
     """Return a client's name as a folder can have it."""
     name = quote(client, safe="")
-    if len(name) > LONGEST_NAME or name in ("", ".", ".."):
+    name = f"%2E{name[1:]}" if name.startswith(".") else name  # a folder that `ls` shows
+    if len(name) > LONGEST_NAME or not name:
         return f"{name[:LONGEST_NAME]}~{hashlib.blake2b(client.encode(), digest_size=8).hexdigest()}"
     return name
 

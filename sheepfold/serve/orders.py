@@ -3,10 +3,12 @@
 An order has one prompt for each answer: prompts times n. Its `work` is what the model's thread goes through.
 """
 
+import functools
 import math
 import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import tensor
@@ -128,6 +130,7 @@ def chat_order(request: ChatRequest, answering: Answering, limits: Limits) -> Or
     """Return the order for a conversation. Raises ApiError for what cannot be answered."""
     _check_model(request, answering)
     messages = [Message(message.role, message.content) for message in request.messages]
+    _check_size(sum(len(message.content) for message in messages), answering, "messages")
     try:
         prompt = replace(answering.prompter, positions=None).of_messages(messages, 1)
     except DataError as error:
@@ -189,6 +192,7 @@ def _check_rows(request: Request, prompts: int, limits: Limits) -> None:
 
 def _prompt(number: int, given: str | tuple[int, ...], answering: Answering) -> Prompt:
     if isinstance(given, str):
+        _check_size(len(given), answering, "prompt")
         try:
             return replace(answering.prompter, positions=None).of_text(given, 1)
         except DataError as error:
@@ -199,6 +203,23 @@ def _prompt(number: int, given: str | tuple[int, ...], answering: Answering) -> 
         raise bad_request(f"prompt[{number}]: token id {shown(odd)}; this model's ids are 0 to {rows - 1}", "prompt")
     text = tokenizer.decode(list(given), skip_special_tokens=False, clean_up_tokenization_spaces=False)
     return Prompt(tensor(given), text)
+
+
+def _check_size(characters: int, answering: Answering, param: str) -> None:
+    """Raise ApiError for a text that no tokens could hold, before its seconds of tokenizing hold everybody up."""
+    positions = answering.max_positions
+    if positions is not None and characters > positions * _longest_token(answering.base.tokenizer):
+        raise too_long(
+            f"this model has {positions:,} positions, and the {param} {characters:,} characters, which no tokens of it "
+            "could hold; shorten it",
+            param,
+        )
+
+
+@functools.cache
+def _longest_token(tokenizer: Any) -> int:
+    """Return the characters of the longest token, as the vocabulary spells it: never fewer than it stands for."""
+    return max(len(token) for token in tokenizer.get_vocab())
 
 
 def vocabulary_rows(answering: Answering) -> int:

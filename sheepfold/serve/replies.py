@@ -69,6 +69,8 @@ class Reply:
         """Yield the chunks for what just came; usage: a place for it is in every chunk."""
         choice = self.choices[piece.row]
         choice.finished = piece.finished
+        if isinstance(piece, Piece) and not (piece.text or piece.tokens or piece.finished):
+            return  # a search's sign of life
         if isinstance(piece, Piece):
             choice.new_tokens += len(piece.tokens)
         told = self._delta(piece.row, choice, piece.text, piece.tokens if self.order.top is not None else ())

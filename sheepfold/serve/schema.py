@@ -112,7 +112,15 @@ Fraction = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class Message(BaseModel):
-    """One turn of a conversation."""
+    """One turn of a conversation, also one as this server sent it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, values: Any) -> Any:
+        """Drop what is null: clients hand answers back whole, with `refusal` and `tool_calls` of null."""
+        if not isinstance(values, dict):
+            return values
+        return {key: value for key, value in values.items() if key == "content" or value is not None}
 
     model_config = ConfigDict(extra="forbid", strict=True)
     role: Annotated[str, BeforeValidator(_role)]

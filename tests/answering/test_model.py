@@ -139,6 +139,39 @@ def test_leaving_a_stream_stops_the_model_and_frees_it(answering, ask):
     assert len(steps) < 20
 
 
+def test_a_search_can_be_left_too(answering, ask):
+    steps = []
+    with answering.using(["base"]) as model:
+        hook = model.register_forward_hook(lambda *_: steps.append(1))
+    search = GenerationSettings(max_new_tokens=200, beams=4)
+    stream = answering.stream([ask("Tell a story.", 200)] * 2, ["base"], search, seed=0)
+    assert next(stream).text == ""
+    stream.close()
+    answering.answer([ask("Name a dog.", 1)], ["base"], GenerationSettings(max_new_tokens=1), seed=0)
+    hook.remove()
+    assert len(steps) < 20
+
+
+def test_asking_while_holding_the_model_is_an_error_not_a_wait(answering, ask):
+    prompt = ask(QUESTIONS[0])
+    with answering.using(["base"]), pytest.raises(RuntimeError, match="leave the `using` block"):
+        answering.answer([prompt], ["base"], GREEDY, seed=0)
+
+
+def test_a_name_means_one_adapter_for_as_long_as_the_model_is_open(run, tmp_path):
+    import shutil
+
+    copy = shutil.copytree(run, tmp_path / "going-on")
+    with open_source(find(copy), "cpu") as opened:
+        row = opened.raw_prompt("Name three animals.", 1).ids
+        alone = opened.score([row], ["federated"])[0]
+        states = copy / "state"
+        (states / "next").write_bytes(b"another round")
+        (states / "next").replace(states / "latest.safetensors")  # as a run does: never over the old bytes
+        beside = opened.score([row, row], ["federated", "base"])[0]
+    assert [s.logprob for s in alone] == pytest.approx([s.logprob for s in beside], abs=1e-4)
+
+
 def test_threads_take_turns_and_get_their_own_answers(answering, ask):
     prompt, found = ask(QUESTIONS[1]), {}
     expected = {name: answering.answer([prompt], [name], GREEDY, seed=0) for name in answering.names}

@@ -50,13 +50,10 @@ def test_the_runs_template_can_be_replaced(run):
         (None, {}, ConfigError, "name a run's folder"),
         ("adapter/nowhere", {}, CheckpointError, "no such run"),
         ("state", {"base": "builtin:tiny"}, ConfigError, "neither a run's folder nor an adapter's"),
-        (".", {"adapter_config": "x.json"}, None, ""),
+        (".", {"adapter_config": "x.json"}, ConfigError, "no effect"),
     ],
 )
 def test_a_place_that_is_nothing_is_one_line(run, place, over, error, words):
-    if error is None:  # a run needs no configuration beside it
-        assert find(run, **over).run is not None
-        return
     with pytest.raises(error, match=words):
         find(run / place if place else None, **over)
 
@@ -68,6 +65,20 @@ def test_an_adapter_without_a_base_asks_for_one(run, tmp_path):
     with pytest.raises(ConfigError, match="--base"):
         find(copy)
     assert find(copy, base="builtin:tiny").default == "adapter"
+
+
+def test_a_clients_name_is_its_own_however_long_or_odd(run, tmp_path):
+    from sheepfold.local.store import folder_name
+
+    copy, odd = shutil.copytree(run, tmp_path / "named"), ["n" * 200, "../up", ".hidden", "Zoë, Ward 7"]
+    facts = json.loads((copy / "data.json").read_text())
+    (copy / "data.json").write_text(json.dumps(facts | {"clients": {name: {} for name in odd}}))
+    for old, new in zip(sorted((copy / "personal").iterdir()), odd, strict=True):
+        old.rename(copy / "personal" / folder_name(new))
+        assert not folder_name(new).startswith(".")
+    source = find(copy)
+    assert set(source.names[3:]) == {f"client:{name}" for name in odd}
+    assert all(source.adapter_hash(name) for name in source.names[3:])
 
 
 def test_a_run_without_a_state_says_so(run, tmp_path):

@@ -61,6 +61,12 @@ def test_what_a_template_begins_answers_with_is_no_part_of_them(text, said):
     assert "".join(p.text for p in written(text, [], lead=" ")[0]) == said
 
 
+@given(st.text(alphabet="Ans is:", max_size=8), TEXTS)
+def test_a_lead_of_any_length_is_no_part_of_the_answer(lead, text):
+    assert "".join(p.text for p in written(lead + text, [], lead)[0]) == text
+    assert "".join(p.text for p in written("@" + text, [], lead)[0]) == "@" + text
+
+
 def test_the_end_token_ends_the_row_with_all_its_tokens():
     row = Row(0, TOKENIZER, frozenset({3}), [])
     row.take(TOKENIZER("hen", add_special_tokens=False)["input_ids"][0], TokenScore(1, "", -1.0))

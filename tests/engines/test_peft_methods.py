@@ -483,3 +483,19 @@ def test_what_a_round_cannot_train_is_not_offered():
     with pytest.raises(ConfigError) as error:
         check(build({"adapter": {"method": "loraa"}, "train": {"engine": "peft_model"}}))
     assert not any(f" {name}," in str(error.value) for name in UNFIT)
+
+
+@pytest.mark.parametrize(("rank", "alpha"), [(8, 16), ("8", "16"), (8.0, 16), (8, "1.6e1")])
+def test_rslora_scales_numbers_however_they_are_written(rank, alpha):
+    settings = AdapterSettings.model_validate({"method": "rslora", "rank": rank, "alpha": alpha})
+    assert settings.alpha == pytest.approx(16 * 8**0.5)
+
+
+def test_the_closing_tables_base_is_the_bare_base_and_no_path_of_this_machine_leaves(tmp_path):
+    over = {"adapter": {"method": "prompt", "options": {"num_virtual_tokens": 4}}}
+    plain = {"train.engine": "peft_model", "evaluation.every": 0, "baselines": ["local"], "federation.rounds": 1}
+    soft, lora = (simulation.run(experiment(tmp_path, **plain, **more)) for more in (over, {}))
+    scores = [outcome.closing.scores["loss"] for outcome in (soft, lora)]
+    assert {c: s["base"] for c, s in scores[0].items()} == pytest.approx({c: s["base"] for c, s in scores[1].items()})
+    written = json.loads((soft.folder / "adapter" / "adapter_config.json").read_text())
+    assert written["base_model_name_or_path"] == "builtin:tiny"

@@ -243,3 +243,15 @@ def test_the_printed_curl_line_works(server):
     words += ["-H", f"Authorization: Bearer {TOKEN}", "-d", body]
     said = json.loads(subprocess.run(words, capture_output=True, check=True, timeout=30).stdout)
     assert said["choices"][0]["message"]["content"]
+
+
+def test_an_answer_handed_back_whole_is_the_conversation_so_far(client):
+    asked = [{"role": "user", "content": "Name a dog."}]
+    first = client.chat.completions.create(model="federated", messages=asked, temperature=0, max_tokens=8)
+    message, more = first.choices[0].message, {"role": "user", "content": "Name a bird."}
+    plain = {"role": "assistant", "content": message.content}
+    answers = [
+        client.chat.completions.create(model="federated", messages=[*asked, said, more], temperature=0, max_tokens=8)
+        for said in (message, message.model_dump(), plain)
+    ]
+    assert len({answer.choices[0].message.content for answer in answers}) == 1
