@@ -100,9 +100,8 @@ def _answering(parts: "Parts", source: "Source") -> "Answering":
     parts.engine.close()
     if isinstance(parts.engine, CohortEngine):
         return Answering(source, parts.base, carrier(source, parts.base))
-    parts.base.model.to(
-        "meta"
-    )  # PEFT, hooks or training itself changed it: its memory is freed, and the base read anew
+    # PEFT, hooks or training itself changed it: its memory is freed, and the base is read anew.
+    parts.base.model.to("meta")
     return open_source(source, parts.experiment.device)
 
 
