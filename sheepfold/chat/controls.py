@@ -56,7 +56,8 @@ class Controls:
             known = RANGES[name]
             if not known.low <= value <= known.high or (known.whole and value != int(value)):  # nan is in no range
                 kind = "a whole number" if known.whole else "a number"
-                raise ConfigError(f"{name}: found {value:g}; expected {kind} from {known.low:g} to {known.high:g}")
+                found, low, high = (f"{v:,.10g}" for v in (value, known.low, known.high))
+                raise ConfigError(f"{name}: found {found}; expected {kind} from {low} to {high}")
 
     def generation(self) -> GenerationSettings:
         """Return the decoding that these controls mean; idle ones are left out of it."""

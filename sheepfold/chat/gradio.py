@@ -11,4 +11,9 @@ try:
 except ModuleNotFoundError:
     raise missing_extra("the chat page", "gradio", "chat") from None
 
+for kind in (gr.Slider, gr.Number):
+    # As typed, for `controls.from_values` to check: Gradio's own check ends in a traceback. On the classes, since
+    # Gradio makes components anew when they change, and writes a file beside the source of a class of one's own.
+    kind.preprocess = lambda self, payload: payload
+
 __all__ = ["gr"]

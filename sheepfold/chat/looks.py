@@ -10,19 +10,19 @@ MONO = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"]
 CSS = """
 .gradio-container { width: 100%; max-width: 1240px !important; margin: 0 auto !important; }
 footer { display: none !important; }
-#title .html-container, .note .html-container, .side .html-container { padding: 0; }
+#title .html-container, [id^=note-] .html-container, .side .html-container { padding: 0; }
 #title h1 { font-size: 1.5rem; margin: 0; line-height: 1.2; }
-#title p, .note p { color: var(--body-text-color-subdued); margin: 0; font-size: .9rem; overflow-wrap: anywhere; }
+#title p, [id^=note-] p { color: var(--body-text-color-subdued); margin: 0; font-size: .9rem; overflow-wrap: anywhere; }
 #title p { margin-top: .25rem; }
-.block.note:not(:has(p)) { display: none; }
+.block[id^=note-]:not(:has(p)) { display: none; }
 .block.side { margin-bottom: -.5rem; }
 .side h2 { font-size: .95rem; font-weight: 500; margin: 0; color: var(--block-title-text-color); }
 #both { display: flex; align-items: center; }
 #controls { position: sticky; top: 1rem; align-self: flex-start; }
 .block:has(input:disabled) :is(label span, .info-text) { color: var(--body-text-color-subdued); opacity: .75; }
 .block input:disabled { opacity: .55; }
-.problem p { color: var(--problem); font-weight: 500; }
-.prompt pre { font-family: var(--font-mono); font-size: .85rem; white-space: pre-wrap; overflow-wrap: anywhere;
+[id^=note-] p[role=alert] { color: var(--problem); font-weight: 500; }
+[id^=note-] pre { font-family: var(--font-mono); font-size: .85rem; white-space: pre-wrap; overflow-wrap: anywhere;
   margin: .375rem 0 0; padding: .75rem; max-height: 20rem; overflow: auto; border-radius: var(--radius-md);
   color: var(--body-text-color); background: var(--background-fill-secondary); }
 .talk .plain { white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.5; margin: 0; }
@@ -36,6 +36,7 @@ footer { display: none !important; }
 .talk .asked { margin: .75rem 0 .5rem auto; background: var(--asked); }
 .talk .asked:first-child { margin-top: 0; }
 .talk .said { border: 1px solid var(--border-color-primary); }
+.talk .by { margin: 0 0 .15rem .15rem; font-size: .85rem; color: var(--body-text-color-subdued); }
 :root { --asked: #ccfbf1; --problem: #b91c1c; }
 .dark { --asked: #134e4a; --problem: #fca5a5; --color-accent: var(--primary-400); }
 @media (max-width: 700px) {
@@ -50,7 +51,7 @@ footer { display: none !important; }
 """
 
 SCRIPT = """() => {
-  for (const part of document.querySelectorAll(".block.note")) part.setAttribute("role", "status");
+  for (const part of document.querySelectorAll(".block[id^=note-]")) part.setAttribute("role", "status");
   for (const part of document.querySelectorAll(".block.talk")) { part.setAttribute("role", "log"); part.tabIndex = 0; }
 }"""
 """Tells screen readers which parts speak up when they change, and lets the keyboard scroll conversations.

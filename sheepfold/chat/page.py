@@ -50,7 +50,7 @@ class Page:
 
     def __init__(self, answering: "Answering") -> None:
         self.answering = answering
-        self.halts: dict[str, Event] = {}  # by tab: set where the answer under way is not wanted any more
+        self.halts: dict[tuple[str, str], Event] = {}  # (browser tab, pane): set where no more of its answer is wanted
         self.examples = about.examples(answering.source)
         compares = len(answering.names) > 1
         sides = ("base" if compares else answering.default, answering.default)
@@ -110,20 +110,25 @@ class Page:
         for side, chooser in enumerate((left, right)):
             for pane in (self.instruction, self.chat):
                 named = partial(pane.named, side)
-                chooser.change(named, chooser, list(named(self.answering.default)), **AT_ONCE)
+                changed = [pane.heads[side], pane.answers[side], pane.notes[side]]
+                chooser.change(named, [chooser, pane.talk], changed, **AT_ONCE)
 
     def _wire(self, pane: Pane, ask: Any, further: list[Any]) -> None:
         given = {*pane.asks, pane.talk, *self.who, *self.controls.values()}
         told = [pane.problem, *pane.notes, *pane.prompts]
-        said = [*told, *pane.answers, pane.talk, *pane.asks, self.controls["seed"]]
+        said = [*told, *pane.heads, *pane.answers, pane.talk, *pane.asks, self.controls["seed"]]
         buttons = [pane.answer, pane.stop, pane.again, pane.clear, pane.problem, *pane.notes]
 
         def begin(request: gr.Request) -> Changes:
-            self.halts[_tab(request)] = Event()
+            if self._halt(pane, request).is_set():  # else Enter, while an answer grows, would take it away from Stop
+                self.halts[_tab(request), pane.name] = Event()
             return pane.busy(True, "Waiting for its turn…")
 
         def end() -> Changes:
             return pane.busy(False)
+
+        def stop(request: gr.Request) -> None:
+            self._halt(pane, request).set()
 
         for triggers, repeat in (([pane.answer.click, *further], False), ([pane.again.click], True)):
             # The model's answers wait in a queue; what surrounds them does not, so that the buttons react at once.
@@ -132,7 +137,7 @@ class Page:
             )
             asked.then(end, None, buttons, **AT_ONCE)
             asked.failure(end, None, buttons, **AT_ONCE)
-        pane.stop.click(self._stop, None, None, **AT_ONCE)
+        pane.stop.click(stop, None, None, **AT_ONCE)
         blank = [*told, *pane.asks, pane.expected, *pane.answers, pane.talk]
         pane.clear.click(pane.emptied, None, blank, **AT_ONCE)
         chosen = [*pane.asks, pane.expected]
@@ -148,7 +153,7 @@ class Page:
                 if repeat and chosen.samples:  # the same seed would give the same answer
                     chosen = replace(chosen, seed=chosen.seed + 1)
                     yield {self.controls["seed"]: chosen.seed}
-                asked = Ask(self.answering, self._names(values), chosen, self.halts.get(_tab(request), Event()))
+                asked = Ask(self.answering, self._names(values), chosen, self._halt(pane, request))
                 yield from ask(asked, values, repeat)
             except SheepfoldError as problem:
                 yield pane.failed(problem)
@@ -171,10 +176,10 @@ class Page:
             yield pane.shown(growing, asked.controls) | taken
 
     def _preview(self, pane: Pane, values: Values) -> Changes:
-        """Show the prompt of a question that is written and not yet asked."""
+        """Show the prompt of a question that is written and not yet asked; without one, what is there stays."""
         texts = [values[box] or "" for box in pane.asks]
         if not texts[0].strip():
-            return {}
+            return {pane.prompts[0]: gr.skip()}  # Gradio takes no empty answer
         try:
             chosen, names = self._chosen(values), self._names(values)
             if pane is self.instruction:
@@ -193,17 +198,17 @@ class Page:
         left, right, both = (values[part] for part in self.who)
         return [self.answering.check(name) for name in ([left, right] if both else [left])]
 
-    def _stop(self, request: gr.Request) -> None:
-        if _tab(request) in self.halts:
-            self.halts[_tab(request)].set()
+    def _halt(self, pane: Pane, request: gr.Request) -> Event:
+        return self.halts.setdefault((_tab(request), pane.name), Event())
 
     def _closed(self, request: gr.Request) -> None:
-        self._stop(request)
-        self.halts.pop(_tab(request), None)
+        for pane in (self.instruction, self.chat):
+            self._halt(pane, request).set()
+            del self.halts[_tab(request), pane.name]
 
 
-def _switch(temperature: float, beams: float) -> list[Any]:
-    off = idle(temperature, beams)
+def _switch(temperature: float | None, beams: float | None) -> list[Any]:
+    off = idle(temperature or 0, beams or 1)
     return [gr.update(interactive=name not in off) for name in ("temperature", "top_p", "top_k", "seed")]
 
 

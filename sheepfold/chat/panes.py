@@ -11,6 +11,7 @@ from sheepfold.chat.handlers import Talk
 from sheepfold.chat.session import Past, Reply
 from sheepfold.data.rows import Record
 
+INSTRUCTION, CHAT = "instruction", "chat"
 HINT = "<p>Ask something, or write a question and open this again.</p>"
 
 
@@ -18,6 +19,8 @@ HINT = "<p>Ask something, or write a question and open this again.</p>"
 class Pane:
     """One tab's components. Pairs are left and right."""
 
+    name: str
+    """instruction or chat"""
     asks: Sequence[Any]
     """The text boxes that hold the question."""
     answer: Any
@@ -52,7 +55,8 @@ class Pane:
         """Return what the pane shows of a talk."""
         changes: dict[Any, Any] = {self.talk: talk}
         for side, reply in enumerate(talk.replies):
-            changes[self.answers[side]] = self._said(talk, side, reply)
+            changes[self.heads[side]] = heading(reply.name)
+            changes[self.answers[side]] = self._said(talk, side, reply.name)
             changes[self.notes[side]] = _paragraph(reply.note(controls))
         return changes | self.prompted(talk.replies)
 
@@ -73,9 +77,10 @@ class Pane:
             | dict(zip(self.prompts, (HINT, ""), strict=True))
         )
 
-    def named(self, side: int, name: str) -> dict[Any, Any]:
-        """Return what changes where another adapter takes a side."""
-        return {self.heads[side]: heading(name)}
+    def named(self, side: int, name: str, talk: Talk) -> dict[Any, Any]:
+        """Return what changes where another adapter takes a side: an answer goes, a conversation says whose it is."""
+        said = self._said(talk, side, name) if self.remembers else ""
+        return {self.heads[side]: heading(name), self.answers[side]: said, self.notes[side]: ""}
 
     def filled(self, record: Record) -> dict[Any, Any]:
         """Return the question boxes with an example in them, and what the example's own answer is."""
@@ -84,10 +89,17 @@ class Pane:
         expected = f"<p>The held-out row's own answer: <b>{escape(record.output)}</b></p>"
         return dict(zip(self.asks, texts, strict=True)) | {self.expected: expected}
 
-    def _said(self, talk: Talk, side: int, reply: Reply) -> str:
-        if len(self.asks) > 1:
-            return f'<p class="plain">{escape(reply.text)}</p>'
-        return conversation((*talk.pasts[side], reply.exchange(talk.question)) if talk.question else talk.pasts[side])
+    @property
+    def remembers(self) -> bool:
+        """Whether earlier turns stay on the page."""
+        return self.name == CHAT
+
+    def _said(self, talk: Talk, side: int, name: str) -> str:
+        growing = talk.replies[side : side + 1]
+        if not self.remembers:
+            return "".join(f'<p class="plain">{escape(reply.text)}</p>' for reply in growing)
+        turns = tuple(reply.exchange(talk.question) for reply in growing) if talk.question else ()
+        return conversation((*talk.pasts[side], *turns), name)
 
 
 def words(name: str) -> str:
@@ -100,15 +112,22 @@ def heading(name: str) -> str:
     return f"<h2>{escape(words(name))}</h2>"
 
 
-def conversation(past: Past) -> str:
+def conversation(past: Past, name: str) -> str:
     """Return a side's conversation as HTML that shows every text to the letter.
 
-    Gradio's own chat box would read marks and tags in an answer, and fetch the pictures that it links to.
+    name: whose heading is above it; an answer by somebody else says so. Gradio's own chat box would read marks and
+    tags in an answer, and fetch the pictures that it links to.
     """
     turns = [
-        f'<p class="asked">{escape(turn.question)}</p><p class="said">{escape(turn.answer) or "…"}</p>' for turn in past
+        f'<p class="asked">{escape(turn.question)}</p>{_by(turn.name) if turn.name != name else ""}'
+        f'<p class="said">{escape(turn.answer) or "…"}</p>'
+        for turn in past
     ]
     return "".join(turns)
+
+
+def _by(name: str) -> str:
+    return f'<p class="by">{escape(words(name))}</p>'
 
 
 def exact_prompt(names: str, reply: Reply) -> str:
@@ -127,21 +146,22 @@ def instruction_pane(examples: Sequence[Record], names: tuple[str, str], both: b
     with gr.Row(equal_height=True):
         instruction = gr.Textbox(label="Instruction", autofocus=True, placeholder="What should be done?", **box)
         given = gr.Textbox(label="Input (optional)", placeholder="The text that it should be done with", **box)
-    chips, expected = _examples(examples)
-    buttons = _buttons()
-    return _pane((instruction, given), buttons, _sides(names, both, (110, 480)), chips, expected)
+    chips, expected = _examples(INSTRUCTION, examples)
+    buttons = _buttons(INSTRUCTION)
+    sides = _sides(INSTRUCTION, names, both, (110, 480))
+    return _pane(INSTRUCTION, (instruction, given), buttons, sides, chips, expected)
 
 
 def chat_pane(examples: Sequence[Record], names: tuple[str, str], both: bool) -> Pane:
     """Lay out two conversations above one question."""
-    sides = _sides(names, both, (360, 360))
+    sides = _sides(CHAT, names, both, (360, 360))
     hint = "Enter asks; Shift and Enter begin a new line"
     question = gr.Textbox(label="Question", lines=1, max_lines=8, placeholder=hint)
-    buttons = _buttons()
-    return _pane((question,), buttons, sides, *_examples(examples))
+    buttons = _buttons(CHAT)
+    return _pane(CHAT, (question,), buttons, sides, *_examples(CHAT, examples))
 
 
-def _sides(names: tuple[str, str], both: bool, pixels: tuple[int, int]) -> Any:
+def _sides(pane: str, names: tuple[str, str], both: bool, pixels: tuple[int, int]) -> Any:
     """Return headings, answers, notes and the columns around them, each as (left, right); pixels: least, most high."""
     made, (low, high) = [], pixels
     with gr.Row():
@@ -151,11 +171,16 @@ def _sides(names: tuple[str, str], both: bool, pixels: tuple[int, int]) -> Any:
                 answer = gr.HTML(
                     "", container=True, autoscroll=True, min_height=low, max_height=high, elem_classes="talk"
                 )
-                made.append((head, answer, gr.HTML("", elem_classes="note"), column))
+                made.append((head, answer, _note(pane, ("left", "right")[side]), column))
     return tuple(zip(*made, strict=True))
 
 
-def _examples(examples: Sequence[Record]) -> tuple[Any, Any]:
+def _note(pane: str, what: str, text: str = "", **look: Any) -> Any:
+    """Return a line that speaks up. Named by an id: Gradio writes a class on the block and again inside."""
+    return gr.HTML(text, elem_id=f"note-{pane}-{what}", **look)
+
+
+def _examples(pane: str, examples: Sequence[Record]) -> tuple[Any, Any]:
     chips = gr.Dataset(
         label="Held-out questions of this run",
         components=["textbox"],
@@ -165,10 +190,10 @@ def _examples(examples: Sequence[Record]) -> tuple[Any, Any]:
         visible=bool(examples),
         elem_classes="examples",
     )
-    return chips, gr.HTML("", elem_classes="note")
+    return chips, _note(pane, "expected")
 
 
-def _buttons() -> tuple[Any, ...]:
+def _buttons(pane: str) -> tuple[Any, ...]:
     """Return answer, stop, again, clear, and the line for what goes wrong."""
     with gr.Row(elem_classes="buttons"):
         made = (
@@ -177,15 +202,16 @@ def _buttons() -> tuple[Any, ...]:
             gr.Button("Again", min_width=0),
             gr.Button("Clear", min_width=0),
         )
-    return *made, gr.HTML("", elem_classes=["note", "problem"])
+    return *made, _note(pane, "problem")
 
 
-def _pane(asks: Sequence[Any], buttons: tuple[Any, ...], sides: Any, chips: Any, expected: Any) -> Pane:
+def _pane(name: str, asks: Sequence[Any], buttons: tuple[Any, ...], sides: Any, chips: Any, expected: Any) -> Pane:
     with gr.Accordion("The exact prompt", open=False) as opened, gr.Row():
-        left, right = (gr.HTML(text, elem_classes=["note", "prompt"], min_width=240) for text in (HINT, ""))
+        left, right = (_note(name, what, text, min_width=240) for what, text in (("prompt", HINT), ("prompt-2", "")))
     answer, stop, again, clear, problem = buttons
     heads, answers, notes, columns = sides
     return Pane(
+        name=name,
         asks=asks,
         answer=answer,
         stop=stop,

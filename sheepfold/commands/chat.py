@@ -1,15 +1,15 @@
 """`sheepfold chat`: talk to what a run made, in a browser or the terminal."""
 
 import threading
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from sheepfold.commands.options import AdapterConfig, BaseName, Bits, Device, Place, Template
+from sheepfold.commands.options import AdapterConfig, BaseName, Bits, Device, Host, Place, Port, Template, TokenFile
 
 
 def command(
+    context: typer.Context,
     place: Place = None,
     base: BaseName = None,
     adapter_config: AdapterConfig = None,
@@ -17,17 +17,15 @@ def command(
     device: Device = "auto",
     bits: Bits = None,
     terminal: Annotated[bool, typer.Option("--terminal", help="Talk here, without a page.")] = False,
-    host: Annotated[str, typer.Option(help="Address to listen on; others than this machine's need a password.")] = (
-        "127.0.0.1"
-    ),
-    port: Annotated[int, typer.Option(help="Port to listen on; 0: a free one.")] = 7860,
-    token_file: Annotated[
-        Path | None, typer.Option(help="File with the page's password; default: $SHEEPFOLD_TOKEN.")
-    ] = None,
+    host: Host = "127.0.0.1",
+    port: Port = 7860,
+    token_file: TokenFile = None,
     browser: Annotated[bool, typer.Option("--open/--no-browser", help="Open the page in a browser.")] = False,
 ) -> None:
     """Talk to what a run made, in a browser or the terminal: base and federated answers side by side."""
-    if not terminal:
+    if terminal:
+        _refuse_unused(context)
+    else:
         from sheepfold.chat import serving
 
         port, token = serving.place(host, port, token_file)  # before a model is loaded
@@ -48,3 +46,13 @@ def command(
                 threading.Event().wait()
     except KeyboardInterrupt:
         raise typer.Exit(130 if terminal else 0) from None
+
+
+def _refuse_unused(context: typer.Context) -> None:
+    """Raise ConfigError where an option that only the page has was given."""
+    from sheepfold.errors import ConfigError
+
+    for name, option in {"host": "--host", "port": "--port", "token_file": "--token-file", "browser": "--open"}.items():
+        given = context.get_parameter_source(name)
+        if given is not None and given.name == "COMMANDLINE":
+            raise ConfigError(f"{option} has no effect with --terminal, which has no page; remove one of them")

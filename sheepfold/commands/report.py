@@ -11,12 +11,13 @@ from sheepfold.errors import ConfigError, missing_extra
 
 
 def command(
+    context: typer.Context,
     places: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Runs' folders, or one adapter folder.")],
     out: Annotated[
         Path | None, typer.Option(help="File to write; default: report.html in the run's folder, or beside several.")
     ] = None,
     base: Annotated[
-        str | None, typer.Option(help="An adapter folder's base, beside the one that the folder names.")
+        str | None, typer.Option(help="An adapter folder's base: checked, and shown beside the folder's own.")
     ] = None,
     live: Annotated[
         bool, typer.Option("--live", help="Serve the page and keep it up to date while runs go on.")
@@ -34,6 +35,10 @@ def command(
         raise ConfigError(f"{mere[0]}: an adapter folder; report takes one alone, without --live, or runs")
     if base and not mere:
         raise ConfigError(f"--base {base} has no effect on a run, which names its own; remove it")
+    for option in ("host", "port"):
+        given = context.get_parameter_source(option)
+        if not live and given is not None and given.name == "COMMANDLINE":
+            raise ConfigError(f"--{option} has no effect without --live, which alone listens; remove it")
     if live and out:
         raise ConfigError(f"--out {out} has no effect with --live, which writes no file; remove one of them")
     if live:

@@ -47,8 +47,20 @@ class AdapterFacts:
 
     files: AdapterFiles
     base: str | None
-    """The base as the command line named it."""
+    """The base that the command line named: there is such a one, and a LoRA adapter fits it."""
     benchmarks: Sequence[Benchmark] = ()
+
+
+def _check_base(path: Path, base: str) -> None:
+    """Raise SheepfoldError where a base is not there, or has not the modules that a LoRA adapter adapts."""
+    from sheepfold.answering.source import ADAPTER, find
+    from sheepfold.models import config_only
+    from sheepfold.peft_io import check_fits
+
+    source = find(path, base=base)
+    model = config_only(source.model, "cpu").model
+    if source.is_lora(ADAPTER):
+        check_fits(source.adapter(ADAPTER), model)
 
 
 def spread(ranks: Mapping[int, int]) -> str:
@@ -58,10 +70,15 @@ def spread(ranks: Mapping[int, int]) -> str:
 
 
 def read_adapter_facts(path: Path, base: str | None = None) -> AdapterFacts:
-    """Return what an adapter folder's report shows; raises ModelError where it is none."""
+    """Return what an adapter folder's report shows.
+
+    Raises ModelError where it is none, and where `base` is no base or the adapter does not fit it.
+    """
     files = read_adapter(path)
     if files is None:
         raise ModelError(f"{path}: no {CONFIG} with weights beside it; expected a PEFT folder")
+    if base is not None:
+        _check_base(path, base)
     return AdapterFacts(files, base, read_benchmarks(path / "eval"))
 
 

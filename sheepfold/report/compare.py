@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from sheepfold.errors import ConfigError
@@ -101,6 +102,15 @@ def _flat(values: Mapping[str, Any], at: str = "") -> dict[str, Any]:
         else:
             found[f"{at}{key}"] = value if value != {} else None
     return found
+
+
+def folders(runs: Sequence[RunFacts]) -> list[str]:
+    """Return what tells runs apart that may share a name: the ends of their folders' paths, as long as it takes."""
+    parts = [run.path.resolve().parts for run in runs]
+    longest = max(map(len, parts))
+    choices = ([str(Path(*path[-length:])) for path in parts] for length in range(1, longest + 1))
+    whole = [str(run.path) for run in runs]  # one folder named twice
+    return next((names for names in choices if len(set(names)) == len(runs)), whole)
 
 
 def loss_curve(run: RunFacts) -> dict[int, float]:

@@ -28,6 +28,10 @@ WHO = {
 """Who is scored: colour, marker, name on the page."""
 
 
+TIED = 0.012
+"""Marks closer than this share of a chart's width, half a mark on a wide page, would cover each other."""
+
+
 def safe(text: str) -> str:
     """Return a name that plotly, which reads a little HTML, shows as it is."""
     return escape(text, quote=False)
@@ -139,32 +143,53 @@ def dumbbells(clients: Sequence[str], scores: Mapping[str, Mapping[str, float]],
     made = _figure(
         "nats per token" if measure == "loss" else named,
         "",
-        height=110 + 24 * max(3, len(clients)),
+        height=110 + 28 * max(3, len(clients)),
         hovermode="closest",
     )
-    names = [safe(client) for client in clients]
-    for client, name in zip(clients, names, strict=True):
-        own = scores.get(client, {})
+    most = max((value for c in clients for value in scores.get(c, {}).values()), default=1.0)
+    held = {client: scores.get(client, {}) for client in clients}
+    at = {c: {w: i + off for w, off in apart(held[c], TIED * most).items()} for i, c in enumerate(clients)}
+    for client, own in held.items():
         if {"local", it} <= own.keys():
             made.add_scatter(
-                x=[own["local"], own[it]], y=[name, name], mode="lines", showlegend=False, hoverinfo="skip",
-                line={"color": GREY, "width": 2},
+                x=[own["local"], own[it]], y=[at[client]["local"], at[client][it]], mode="lines", showlegend=False,
+                hoverinfo="skip", line={"color": GREY, "width": 2},
             )  # fmt: skip
     for who, (colour, symbol, label) in WHO.items():
-        held = [(scores[c][who], n) for c, n in zip(clients, names, strict=True) if who in scores.get(c, {})]
-        if held:
+        having = [client for client in clients if who in held[client]]
+        if having:
             made.add_scatter(
-                x=[x for x, _ in held], y=[n for _, n in held], name=label, mode="markers",
+                x=[held[c][who] for c in having], y=[at[c][who] for c in having], name=label, mode="markers",
                 marker={"color": colour, "symbol": symbol, "size": 10, "line": {"width": 2 if "open" in symbol else 0}},
-                hovertemplate="%{y}: %{x:.3f}" if measure == "loss" else "%{y}: %{x:.1%}",
+                text=[safe(client) for client in having],
+                hovertemplate="%{text}: %{x:.3f}" if measure == "loss" else "%{text}: %{x:.1%}",
             )  # fmt: skip
-    made.update_yaxes(type="category", categoryorder="array", categoryarray=names[::-1], ticklabelstandoff=6)
-    made.update_yaxes(tickvals=names, ticktext=[safe(shortened(client)) for client in clients])
-    most = max((value for c in clients for value in scores.get(c, {}).values()), default=1.0)
+    made.update_yaxes(range=[len(clients) - 0.3, -0.7], ticklabelstandoff=6, tickvals=list(range(len(clients))))
+    made.update_yaxes(ticktext=[safe(shortened(client)) for client in clients])
     made.update_xaxes(showgrid=True, range=[-0.03 * most, 1.04 * most])
     if measure != "loss":
         made.update_xaxes(tickformat=".0%")
     return made
+
+
+def apart(scores: Mapping[str, float], tied: float) -> dict[str, float]:
+    """Return who -> how far from its row's middle a mark lies, in rows: those within `tied` of each other spread out.
+
+    A mark that another one covers would say that a score is missing.
+    """
+    order = [w for w in sorted(WHO, key=lambda w: scores.get(w, 0.0)) if w in scores]
+    groups: list[list[str]] = []
+    for who in order:
+        if groups and scores[who] - scores[groups[-1][-1]] <= tied:
+            groups[-1].append(who)
+        else:
+            groups.append([who])
+    found: dict[str, float] = {}
+    for group in groups:
+        step = min(0.3, 0.84 / max(1, len(group) - 1))
+        ranked = [who for who in WHO if who in group]
+        found |= {who: step * (i - (len(ranked) - 1) / 2) for i, who in enumerate(ranked)}
+    return found
 
 
 def stacked(rounds: Sequence[int], parts: Mapping[str, Sequence[float]], y: str) -> go.Figure:

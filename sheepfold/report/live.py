@@ -16,6 +16,7 @@ from starlette.routing import Route
 
 from sheepfold.errors import ConfigError, SheepfoldError
 from sheepfold.report import page, words
+from sheepfold.report.compare import folders
 from sheepfold.report.facts import RunFacts, read_run
 
 WATCHED = ("experiment.yaml", "data.json", "rounds.jsonl", "closing.json", "adapter/adapter_config.json", "eval/*.json")
@@ -55,7 +56,7 @@ class Watch:
             version, runs = self.runs()
         except (SheepfoldError, OSError) as error:  # a file caught half-way; the page keeps what it has
             return {"version": self._read[0], "status": [f"Not readable just now: {error}"]}
-        return {"version": version, "status": words.statuses(runs, time.time())}
+        return {"version": version, "status": words.statuses(runs, folders(runs), time.time())}
 
 
 def app(watch: Watch, host: str) -> Starlette:

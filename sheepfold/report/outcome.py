@@ -28,7 +28,7 @@ def joining(run: RunFacts) -> str:
         return section(name, heading, paragraph(why + stale * run.stale_closing))
     parts = [_missing(run, closing)]
     for i, measure in enumerate(m for m in [*closing.metrics, "loss"] if m in closing.scores):
-        parts += [f"<h3>{html.text(words.title(measure).capitalize())}</h3>", _measure(closing, measure, i)]
+        parts += [f"<h3>{html.text(words.title(measure).capitalize())}</h3>", _measure(run, closing, measure, i)]
     return section(name, heading, *parts)
 
 
@@ -39,11 +39,35 @@ def _missing(run: RunFacts, closing: Closing) -> str:
         "local": "No client was trained alone, so this cannot say whether joining was worth it (baselines: [local]).",
         "centralised": "What all rows in one place would reach was not measured (baselines: [centralised]).",
     }
-    judged = "Joining is judged by the personal adapter, which a client takes home. " * (closing.joined == "personal")
+    judged = _judged(run) if closing.joined == "personal" else ""
     return paragraph(judged + " ".join(says[who] for who in missing), "note") if missing or judged else ""
 
 
-def _measure(closing: Closing, measure: str, number: int) -> str:
+def _judged(run: RunFacts) -> str:
+    """Return what stands as a client's personal adapter: of mixed ranks it may be the shared one, cut for it."""
+    wanted = any(run.settings["personal"].values())
+    folder = any(name.startswith("personal") for name in run.adapters)
+    if wanted or folder or not run.settings["adapter"]["ranks"]:
+        return "Joining is judged by the personal adapter, which a client takes home. "
+    return (
+        "Joining is judged by the shared adapter cut to the client's own rank, called personal here; no file of its "
+        "own was kept. "
+    )
+
+
+def _own_rows(run: RunFacts, closing: Closing) -> str:
+    """Return on how many rows a client's own score rests; '' where the run did not write that down."""
+    settings = run.settings["evaluation"]
+    held = [run.clients[c].get(settings["split"], 0) for c in closing.clients if c in run.clients]
+    counts = [min(n, settings["rows_per_client"] or n) for n in held if n]
+    if not counts:
+        return ""
+    low, high = min(counts), max(counts)
+    span = words.plural(low, "held-out row") if low == high else f"{low:,} to {high:,} held-out rows, by client"
+    return f" A client's own score rests on {span}."
+
+
+def _measure(run: RunFacts, closing: Closing, measure: str, number: int) -> str:
     scores, it = closing.scores[measure], closing.joined
     who = [w for w in figures.WHO if any(w in scores.get(c, {}) for c in closing.clients)]
     sign = -1 if measure == "loss" else 1
@@ -65,6 +89,7 @@ def _measure(closing: Closing, measure: str, number: int) -> str:
     data = table(caption, head, map(row, closing.clients), foot=foot)
     said = words.helped(closing, measure)
     which += " Left is better." if measure == "loss" else " Right is better."
+    which += " Marks that would cover each other lie one below the other." + _own_rows(run, closing)
     says = f"Joining beat training alone on {said}. {which}" if said else which
     return html.chart(f"joining-{number}", figures.dumbbells(drawn, scores, measure, it), says, data)
 

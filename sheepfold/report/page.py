@@ -77,7 +77,8 @@ def of_adapter(facts: AdapterFacts) -> str:
         ("this page's versions", outcome.page_versions()),
     ]
     if facts.base:
-        rows.insert(0, ("base, as it was named here", facts.base))
+        fits = ", which the adapter fits" if files.method == "LORA" else ""
+        rows.insert(0, (f"base, as it was named here{fits}", facts.base))
     about = section("adapter", "What the folder tells", table("The adapter", ["what", "value"], rows, words=[1]))
     return html.framed(head, [about, outcome.benchmarks([("", facts.benchmarks)])])
 

@@ -10,6 +10,7 @@ from sheepfold.report.compare import (
     Group,
     against,
     differing,
+    folders,
     loss_curve,
     metric_curve,
     option,
@@ -23,7 +24,8 @@ from sheepfold.report.intervals import Interval, interval
 
 def content(runs: Sequence[RunFacts], groups: Sequence[Group], now: float | None = None) -> str:
     """Return the sections of several runs, the verdict first."""
-    going = "".join(f'<p class="status">{escape(state)}</p>' for state in words.statuses(runs, now))
+    names = folders(runs)
+    going = "".join(f'<p class="status">{escape(state)}</p>' for state in words.statuses(runs, names, now))
     head = (
         f'<h1 id="top">{len(runs)} runs compared</h1>{going}'
         f'<div class="verdict">{"".join(map(paragraph, verdict(runs, groups)))}</div>'
@@ -32,9 +34,9 @@ def content(runs: Sequence[RunFacts], groups: Sequence[Group], now: float | None
         _curves(runs, groups),
         _closing(runs, groups),
         _settings(runs, groups),
-        _faults(runs),
-        outcome.benchmarks([(run.name, run.benchmarks) for run in runs]),
-        _experiments(runs),
+        _faults(runs, names),
+        outcome.benchmarks([(name, run.benchmarks) for name, run in zip(names, runs, strict=True)]),
+        _experiments(runs, names),
     ]
     return html.framed(head, parts)
 
@@ -181,22 +183,23 @@ def _settings(runs: Sequence[RunFacts], groups: Sequence[Group]) -> str:
     return section("settings", "What differs in the experiment files", made)
 
 
-def _faults(runs: Sequence[RunFacts]) -> str:
+def _faults(runs: Sequence[RunFacts], names: Sequence[str]) -> str:
     rows: list[list[html.Cell | html.Raw]] = []
-    for run in runs:
+    for name, run in zip(names, runs, strict=True):
         skipped = sum(n for r in run.trained for n, _ in r.skipped.values())
         dropped = sum(((run.data or {}).get("dropped") or {}).values())
-        rows.append([run.name, words.status(run), dropped, skipped, sum(len(r.absent) for r in run.trained)])
-    head = ["run", "state", "rows left out", "steps skipped", "times absent"]
+        rows.append([name, words.status(run), dropped, skipped, sum(len(r.absent) for r in run.trained)])
+    head = ["folder", "state", "rows left out", "steps skipped", "times absent"]
     return section("faults", "Skipped rows and steps, absences", table("By run", head, rows, words=[1]))
 
 
-def _experiments(runs: Sequence[RunFacts]) -> str:
+def _experiments(runs: Sequence[RunFacts], names: Sequence[str]) -> str:
     rows: list[list[html.Cell | html.Raw]] = []
-    rows += [[run.name, str(run.settings["seed"]), html.Raw(outcome.code(run.hash or "–"))] for run in runs]
-    parts = [table("Adapters' hashes", ["run", "seed", "adapter hash"], rows, words=[2])]
-    for i, run in enumerate(runs):
-        inside = html.box(f"experiment.yaml of {run.name}", f"<pre>{html.text(run.text)}</pre>")
-        parts.append(html.details(f"experiment-file-{i}", f"{run.path.name}/experiment.yaml", inside))
-    parts.append(paragraph(f"This page was written by {outcome.page_versions()}.", "note"))
+    for name, run in zip(names, runs, strict=True):
+        rows.append([name, run.name, str(run.settings["seed"]), html.Raw(outcome.code(run.hash or "–"))])
+    parts = [table("Adapters' hashes", ["folder", "run", "seed", "adapter hash"], rows, words=[1, 3])]
+    for i, (name, run) in enumerate(zip(names, runs, strict=True)):
+        inside = html.box(f"experiment.yaml of {name}", f"<pre>{html.text(run.text)}</pre>")
+        parts.append(html.details(f"experiment-file-{i}", f"{name}/experiment.yaml", inside))
+    parts.append(paragraph(f"This page's versions: {outcome.page_versions()}.", "note"))
     return section("experiments", "The experiments", *parts)

@@ -16,13 +16,23 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 QUESTION = "Name three animals."
+NEWS = "On Monday Finn the farmer found the chisel at the tower. It was dull."
+ENDLESS = ("Give a short summary of this news.", NEWS)
+"""Instruction and input to which this run's base goes on and on."""
+NOTES = "[...document.querySelectorAll('[id^=note-] p')]"
 NEVER_ENDS = "(document.querySelector('.talk .plain')?.textContent.length ?? 0)"
 
 
 @pytest.fixture(scope="module")
-def url(run):
+def log(tmp_path_factory):
+    return tmp_path_factory.mktemp("log") / "stderr"
+
+
+@pytest.fixture(scope="module")
+def url(run, log):
     command = [sys.executable, "-m", "sheepfold.cli", "chat", str(run), "--device", "cpu", "--port", "0"]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    with log.open("w") as errors:
+        server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=ENVIRONMENT)
     try:
         assert server.stdout is not None
         yield server.stdout.readline().split()[0]
@@ -43,11 +53,11 @@ def chromium():
 
 
 @pytest.fixture
-def page(chromium, url, request):
-    """A fresh page; the test fails if anything was asked of another server, or a script failed."""
+def page(chromium, url, log, request):
+    """A fresh page; the test fails if anything was asked of another server, a script failed, or the server did."""
     width = getattr(request, "param", 1280)
     context = chromium.new_context(viewport={"width": width, "height": 900})
-    opened, asked, failed = context.new_page(), [], []
+    opened, asked, failed, before = context.new_page(), [], [], log.stat().st_size
     opened.set_default_timeout(30_000)
     opened.on("request", lambda request: asked.append(request.url))
     opened.on("pageerror", lambda error: failed.append(str(error)))
@@ -57,6 +67,7 @@ def page(chromium, url, request):
     context.close()
     assert [one for one in asked if not one.startswith((url, "data:", "blob:"))] == []
     assert failed == []
+    assert "Traceback" not in log.read_text(encoding="utf-8")[before:]
 
 
 def button(page, name):
@@ -65,8 +76,8 @@ def button(page, name):
 
 def answered(page):
     """Wait until an answer has begun and ended."""
-    page.wait_for_function("[...document.querySelectorAll('.note p')].some(note => / s\\./.test(note.textContent))")
-    page.wait_for_function("![...document.querySelectorAll('.note p')].some(note => /…/.test(note.textContent))")
+    page.wait_for_function(f"{NOTES}.some(note => / s\\./.test(note.textContent))")
+    page.wait_for_function(f"!{NOTES}.some(note => /…/.test(note.textContent))")
 
 
 def test_an_instruction_is_answered_by_both_sides_as_the_library_answers(page, answering):
@@ -109,14 +120,14 @@ def test_a_conversation_streams_on_both_sides_and_each_goes_on_from_its_own(page
 
 def test_an_answer_grows_while_it_is_read_and_stop_stops_it(page):
     page.get_by_label("number input for New tokens").fill("900")
-    page.get_by_label("Instruction", exact=True).fill("Give a short summary of this news.")  # the base goes on and on
-    page.get_by_label("Input (optional)").fill("On Monday Finn the farmer found the chisel at the tower. It was dull.")
+    page.get_by_label("Instruction", exact=True).fill(ENDLESS[0])
+    page.get_by_label("Input (optional)").fill(ENDLESS[1])
     button(page, "Answer").click()
     page.wait_for_function(f"{NEVER_ENDS} > 5")
     early = page.evaluate(NEVER_ENDS)
     page.wait_for_function(f"{NEVER_ENDS} > {early}")
     button(page, "Stop").click()
-    page.wait_for_function("[...document.querySelectorAll('.note p')].some(note => /Stopped/.test(note.textContent))")
+    page.wait_for_function(f"{NOTES}.some(note => /Stopped/.test(note.textContent))")
     page.wait_for_timeout(500)
     settled = page.evaluate(NEVER_ENDS)
     page.wait_for_timeout(1000)
@@ -135,6 +146,103 @@ def test_a_failing_question_shows_a_message_and_the_page_goes_on(page):
     page.get_by_label("Instruction", exact=True).fill(QUESTION)
     button(page, "Answer").click()
     answered(page)
+
+
+def left_answers(page, name):
+    page.get_by_label("Left answers").click()
+    page.get_by_role("option", name=name).click()
+    page.locator(".side").locator("visible=true").first.get_by_text(name, exact=True).wait_for()
+
+
+def test_another_adapter_does_not_take_the_answer_of_the_one_before(page):
+    page.get_by_label("Instruction", exact=True).fill(QUESTION)
+    button(page, "Answer").click()
+    answered(page)
+    assert page.locator(".talk .plain").first.text_content()
+    left_answers(page, "client-0's own")
+    page.wait_for_function("document.querySelectorAll('.talk .plain').length === 1")
+    assert page.locator(".side h2").locator("visible=true").all_text_contents() == ["client-0's own", "federated"]
+
+
+def test_a_conversation_says_which_of_its_answers_another_adapter_gave(page):
+    page.get_by_role("tab", name="Chat").click()
+    question = page.get_by_label("Question")
+    question.fill(QUESTION)
+    question.press("Enter")
+    answered(page)
+    assert page.locator(".talk .by").count() == 0
+    left_answers(page, "client-0's own")
+    page.locator(".talk .by").wait_for()
+    assert page.locator(".talk .by").all_text_contents() == ["base"]
+    question.fill("And one more?")
+    question.press("Enter")
+    page.wait_for_function("document.querySelectorAll('.talk .said').length === 4")
+    answered(page)
+    assert page.locator(".talk .by").all_text_contents() == ["base"]
+    assert page.locator(".side h2").locator("visible=true").all_text_contents() == ["client-0's own", "federated"]
+
+
+def test_each_tab_of_the_page_stops_its_own_answer(page):
+    page.get_by_label("number input for New tokens").fill("900")
+    page.get_by_label("Instruction", exact=True).fill(ENDLESS[0])
+    page.get_by_label("Input (optional)").fill(ENDLESS[1])
+    button(page, "Answer").click()
+    page.wait_for_function("/Answering/.test(document.body.textContent)")
+    page.get_by_role("tab", name="Chat").click()
+    page.get_by_label("Question").fill(QUESTION)
+    page.get_by_label("Question").press("Enter")
+    page.wait_for_function("/Waiting for its turn/.test(document.body.textContent)")
+    page.get_by_role("tab", name="Instruction").click()
+    button(page, "Stop").click()
+    button(page, "Answer").and_(page.locator(":enabled")).wait_for()
+    assert "Stopped." in " ".join(page.locator("[id^=note-] p").locator("visible=true").all_text_contents())
+    page.get_by_role("tab", name="Chat").click()
+    button(page, "Answer").and_(page.locator(":enabled")).wait_for()
+    chat = " ".join(page.locator("[id^=note-chat] p").all_text_contents())
+    assert "Stopped." not in chat
+    assert " s." in chat
+
+
+def test_a_prompt_looked_at_before_anything_is_written_is_a_hint(page):
+    page.get_by_text("The exact prompt").locator("visible=true").click()
+    page.get_by_text("write a question and open this again").locator("visible=true").wait_for()
+    page.wait_for_timeout(500)  # the server's part; the fixture reads its log
+
+
+@pytest.mark.parametrize("typed", ["5000", ""])
+def test_a_number_beyond_its_slider_comes_back_to_it_and_fails_nothing(page, typed):
+    for name in ("Temperature", "Top-k", "Beams"):
+        box = page.get_by_label(f"number input for {name}")
+        if box.is_enabled():
+            box.fill(typed)
+            page.wait_for_timeout(300)  # the server is told, and the fixture reads its log
+            box.press("Tab")
+    page.get_by_label("number input for New tokens").fill("8")
+    page.get_by_label("Instruction", exact=True).fill(QUESTION)
+    button(page, "Answer").click()
+    answered(page)
+    assert page.get_by_role("alert").count() == 0
+    assert page.get_by_label("number input for Beams").input_value() == ("4" if typed else "1")
+
+
+@pytest.mark.parametrize(("typed", "said"), [("9999999999", "seed: found 9,999,999,999; expected"), ("", "is empty")])
+def test_a_seed_out_of_its_range_is_one_message(page, typed, said):
+    page.get_by_label("Instruction", exact=True).fill(QUESTION)
+    page.get_by_label("number input for Temperature").fill("0.7")
+    page.get_by_label("number input for Temperature").press("Tab")
+    page.get_by_label("Seed").and_(page.locator(":enabled")).fill(typed)
+    button(page, "Answer").click()
+    page.get_by_role("alert").wait_for()
+    assert said in page.get_by_role("alert").text_content()
+    assert page.get_by_role("alert").count() == 1
+    assert page.locator(".toast-body").count() == 0
+
+
+def test_a_note_is_in_the_page_once(page):
+    button(page, "Answer").click()
+    page.get_by_role("alert").wait_for()
+    assert page.locator(".note, [id^=note-]", has_text="nothing is asked").count() == 1
+    assert page.locator("[role=status]", has_text="nothing is asked").count() == 1
 
 
 def test_controls_without_effect_are_off(page):

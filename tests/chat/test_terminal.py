@@ -11,6 +11,7 @@ import time
 
 import pytest
 
+from sheepfold import cli
 from sheepfold.chat.controls import Controls
 from sheepfold.chat.session import chat_prompt
 
@@ -40,6 +41,17 @@ def test_a_pipe_gets_an_answer_a_question_and_stops_at_a_line_that_fails(run, an
         "sheepfold: /nope: no such command; known: adapter, both, clear, help, prompt, quit, set"
     )
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("words", [["--host", "127.0.0.1"], ["--port", "7860"], ["--token-file", "t"], ["--open"]])
+def test_an_option_of_the_page_is_refused_in_the_terminal(monkeypatch, capsys, words):
+    monkeypatch.setattr(sys, "argv", ["sheepfold", "chat", "builtin:tiny", "--terminal", *words])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 2
+    said = f"{words[0]} has no effect with --terminal"
+    assert said in (error := capsys.readouterr().err)
+    assert error.count("\n") == 1
 
 
 @pytest.mark.slow

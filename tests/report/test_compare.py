@@ -79,6 +79,21 @@ def test_one_run_named_twice_is_refused(copied):
         grouped([read_run(copied("a")), read_run(copied("b"))])
 
 
+def test_runs_of_one_name_are_told_apart_by_their_folders(runs, copied, tmp_path):
+    again = []
+    for seed, place in enumerate("xy"):
+        (tmp_path / place).mkdir()
+        folder = copied("twin", seed=seed, federation__strategy="fedex").rename(tmp_path / place / "twin")
+        again.append(read_run(folder))
+    made = page.content([runs[0], *again])
+    for name in ("faults", "experiments"):
+        shown = section(made, name)
+        assert "x/twin" in shown
+        assert "y/twin" in shown
+        assert f"{tmp_path.name}/a0" in shown
+    assert page.whole("t", made).count("ritten by sheepfold") == 1
+
+
 def test_three_methods_are_three_curves(runs, copied):
     third = read_run(copied("c", shifted(0.1), federation__strategy="fedsa"))
     assert [g.label for g in grouped([runs[0], runs[3], third])] == ["flexlora", "fedavg", "fedsa"]

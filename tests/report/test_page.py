@@ -2,12 +2,13 @@
 
 import json
 import re
+import shutil
 from html import unescape
 
 import pytest
 
 from sheepfold.evaluation.benchmarks.results import Report, Score, TaskResult
-from sheepfold.report import page, words
+from sheepfold.report import figures, page, words
 from sheepfold.report.facts import read_run
 from tests.report.conftest import HOSTILE, journal, renamed
 
@@ -72,6 +73,38 @@ def test_every_score_of_the_closing_table_is_on_the_page(ran, made):
                 for w in ("base", "local", "federated", "personal", "centralised")
             ]
             assert f"{client} {' '.join(row)}" in shown
+
+
+def test_a_clients_score_says_on_how_many_rows_it_rests(ran, copied, made):
+    data = json.loads((ran / "data.json").read_text())
+    counts = [rows["eval"] for rows in data["clients"].values()]
+    assert f"A client's own score rests on {min(counts)}" in section(made, "joining")
+    data["clients"]["client-0"]["eval"] = max(counts) + 70
+    folder = copied()
+    (folder / "data.json").write_text(json.dumps(data))
+    most = max(counts) + 70
+    low = min(rows["eval"] for rows in data["clients"].values())
+    assert f"rests on {low} to {most} held-out rows, by client" in section(page.content([read_run(folder)]), "joining")
+
+
+def test_an_adapter_cut_to_a_clients_rank_is_not_called_one_it_takes_home(copied, made):
+    assert "personal adapter, which a client takes home" in section(made, "joining")
+    folder = copied(personal__finetune_steps=None)
+    shutil.rmtree(folder / "personal")
+    shown = section(page.content([read_run(folder)]), "joining")
+    assert "the shared adapter cut to the client's own rank" in shown
+    assert "takes home" not in shown
+
+
+def test_marks_of_equal_scores_do_not_cover_each_other(facts):
+    scores = {"a": {"base": 0.1, "local": 0.5, "federated": 0.5, "personal": 0.5}, "b": {"local": 0.2, "personal": 0.9}}
+    drawn = figures.dumbbells(["a", "b"], scores, "exact_match", "personal")
+    marks = {trace.name: dict(zip(trace.text, trace.y, strict=True)) for trace in drawn.data if trace.mode == "markers"}
+    heights = [marks[name]["a"] for name in ("alone", "federated", "personal")]
+    assert len(set(heights)) == 3
+    assert max(heights) - min(heights) < 0.9
+    assert marks["base"]["a"] == 0
+    assert marks["alone"]["b"] == marks["personal"]["b"] == 1
 
 
 def test_bytes_and_seconds_are_the_journals(ran, made):
