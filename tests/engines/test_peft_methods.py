@@ -114,9 +114,9 @@ def test_a_method_learns_resumes_to_the_bit_and_leaves_for_plain_peft(name, fami
     assert simulation.run(run, resume_from=1).state.hash() == outcome.state.hash()
 
     parts = assemble(run)
-    parts.engine._show(outcome.adapter)  # type: ignore[union-attr]
     row, _ = parts.data.tokens.row(0)
-    with_run = logits(parts.engine.carrier.model, row)  # type: ignore[union-attr]
+    with parts.engine._showing(outcome.adapter):  # type: ignore[union-attr]
+        with_run = logits(parts.engine.carrier.model, row)  # type: ignore[union-attr]
     plain = plain_peft(AutoModelForCausalLM.from_pretrained(bases[family]), outcome.folder / "adapter")
     torch.testing.assert_close(logits(plain, row), with_run, atol=1e-5, rtol=0)
 
@@ -471,10 +471,10 @@ def test_further_methods_of_peft_train_and_leave_too(method, tmp_path):
     own = small.client_rows()["ann"]
     before, after = engine.held_out([start, adapter], [(0, own), (1, own)], 8)
     assert after.value < before.value
-    engine._show(adapter)
     row, _ = small.tokens().row(0)
-    ours = logits(engine.carrier.model, row)
-    engine.carrier.model.save_pretrained(tmp_path)
+    with engine._showing(adapter):
+        ours = logits(engine.carrier.model, row)
+        engine.carrier.model.save_pretrained(tmp_path)
     plain = plain_peft(small.model(torch.float32), tmp_path)
     torch.testing.assert_close(logits(plain, row), ours, atol=1e-5, rtol=0)
 
