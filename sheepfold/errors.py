@@ -12,6 +12,7 @@ A message says where (round, client, module, setting or file), what was found, w
 The command line prints it as one line and exits with code 2.
 """
 
+import importlib.util
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -55,3 +56,10 @@ def suggest(name: str, known: Iterable[str]) -> str:
 def missing_extra(what: str, library: str, extra: str) -> ConfigError:
     """Return the error for a part whose optional library is not installed."""
     return ConfigError(f"{what} needs {library}, which is not installed: pip install 'sheepfold[{extra}]'")
+
+
+def require(what: str, extra: str, *libraries: str) -> None:
+    """Raise the error of `missing_extra` for the first of a part's libraries that is not installed; imports none."""
+    for library in libraries:
+        if importlib.util.find_spec(library.replace("-", "_")) is None:
+            raise missing_extra(what, library, extra)

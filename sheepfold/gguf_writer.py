@@ -5,7 +5,6 @@ one of llama.cpp's names describes exactly are written; any other is refused, si
 and answer worse, in silence.
 """
 
-import importlib.util
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sheepfold.errors import ModelError, missing_extra
+from sheepfold.errors import ModelError, require
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
 ELSEWHERE = "use llama.cpp's own converter (--llama-cpp FOLDER)"
@@ -51,8 +50,7 @@ PRE_TOKENIZERS: Mapping[str, tuple[list[dict[str, Any]], bool]] = {
 
 def check_installed() -> None:
     """Raise ConfigError unless the gguf package is there."""
-    if importlib.util.find_spec("gguf") is None:
-        raise missing_extra("--to gguf", "gguf", "gguf")
+    require("--to gguf", "gguf", "gguf")
 
 
 def write(path: Path, config: Any, tokenizer: Any, state: Mapping[str, Tensor], dtype: torch.dtype, name: str) -> None:

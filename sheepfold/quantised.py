@@ -1,6 +1,5 @@
 """Quantised bases through bitsandbytes: 8 bits (LLM.int8(), arXiv:2208.07339) or 4 (NF4, arXiv:2305.14314)."""
 
-import importlib.util
 import logging
 import warnings
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sheepfold.errors import ConfigError, ModelError, missing_extra
+from sheepfold.errors import ConfigError, ModelError, require
 
 BLOCK = 64
 """Numbers that share a scale in NF4, as bitsandbytes cuts them."""
@@ -18,8 +17,7 @@ def options(bits: int, place: torch.device, dtype: torch.dtype) -> dict[str, Any
     """Return what from_pretrained needs to quantise as it reads. Raises ConfigError: other bits, no bitsandbytes."""
     if bits not in (4, 8):
         raise ConfigError(f"--bits {bits}: a base is quantised to 8 or 4 bits; leave it out for the base as it is")
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise missing_extra(f"--bits {bits}", "bitsandbytes", "quant")
+    require(f"--bits {bits}", "quant", "bitsandbytes")
     from transformers import BitsAndBytesConfig
 
     hush()

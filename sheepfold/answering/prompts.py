@@ -10,7 +10,6 @@ from typing import Any
 from torch import Tensor, tensor
 
 from sheepfold.data.rows import Message, Record
-from sheepfold.data.templates import Chat
 from sheepfold.data.tokenize import bos_ids, prompt_ids, text_ids
 from sheepfold.data.turns import Template
 from sheepfold.data.wordings import Wording
@@ -104,8 +103,3 @@ def _split(messages: Sequence[Message]) -> tuple[tuple[Message, ...], tuple[Mess
             "turns, beginning and ending with user, after at most one system message"
         )
     return system, rest
-
-
-def knows_chat(template: Template) -> bool:
-    """Return whether the template was made for several turns."""
-    return isinstance(template, Chat) or bool(getattr(template, "prompt_next", ""))

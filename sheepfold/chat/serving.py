@@ -1,13 +1,12 @@
 """The page on a port: on this machine alone, or behind a password."""
 
 import hmac
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sheepfold.chat import page
 from sheepfold.chat.looks import CSS, SCRIPT, theme
-from sheepfold.serve.server import bind, check_open, hosts_of, read_token
+from sheepfold.listening import bind, called, check_open, hosts_of, read_token
 
 if TYPE_CHECKING:
     from sheepfold.answering.model import Answering
@@ -36,16 +35,12 @@ class OwnOnly:
                 message["headers"] = [*message["headers"], (b"content-security-policy", POLICY.encode())]
             await send(message)
 
-        if scope["type"] == "http" and self.hosts is not None and _called(scope) not in self.hosts:
+        host = called(dict(scope["headers"]).get(b"host", b"")) if scope["type"] == "http" else ""
+        if scope["type"] == "http" and self.hosts is not None and host not in self.hosts:
             await send({"type": "http.response.start", "status": 421, "headers": [(b"content-type", b"text/plain")]})
             await send({"type": "http.response.body", "body": b"this page is served to its own machine alone\n"})
             return
         await self.app(scope, receive, with_policy if scope["type"] == "http" else send)
-
-
-def _called(scope: Any) -> str:
-    host = dict(scope["headers"]).get(b"host", b"").decode("latin-1").lower()
-    return str(re.sub(r":\d+$", "", host))
 
 
 def place(host: str, port: int, token_file: Path | None) -> tuple[int, str | None]:

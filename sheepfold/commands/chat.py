@@ -5,7 +5,18 @@ from typing import Annotated
 
 import typer
 
-from sheepfold.commands.options import AdapterConfig, BaseName, Bits, Device, Host, Place, Port, Template, TokenFile
+from sheepfold.commands.options import (
+    AdapterConfig,
+    BaseName,
+    Bits,
+    Device,
+    Host,
+    Place,
+    Port,
+    Template,
+    TokenFile,
+    refuse,
+)
 
 
 def command(
@@ -24,7 +35,8 @@ def command(
 ) -> None:
     """Talk to what a run made, in a browser or the terminal: base and federated answers side by side."""
     if terminal:
-        _refuse_unused(context)
+        page = ("host", "port", "token_file", "browser")
+        refuse(context, page, "with --terminal, which has no page; remove one of them")
     else:
         from sheepfold.chat import serving
 
@@ -46,13 +58,3 @@ def command(
                 threading.Event().wait()
     except KeyboardInterrupt:
         raise typer.Exit(130 if terminal else 0) from None
-
-
-def _refuse_unused(context: typer.Context) -> None:
-    """Raise ConfigError where an option that only the page has was given."""
-    from sheepfold.errors import ConfigError
-
-    for name, option in {"host": "--host", "port": "--port", "token_file": "--token-file", "browser": "--open"}.items():
-        given = context.get_parameter_source(name)
-        if given is not None and given.name == "COMMANDLINE":
-            raise ConfigError(f"{option} has no effect with --terminal, which has no page; remove one of them")

@@ -1,9 +1,12 @@
-"""What several commands ask for in the same words."""
+"""What several commands ask for, and refuse, in the same words."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from sheepfold.errors import ConfigError
 
 Place = Annotated[
     str | None,
@@ -29,3 +32,12 @@ TokenFile = Annotated[
         "itself: ps shows them."
     ),
 ]
+
+
+def refuse(context: typer.Context, names: Iterable[str], why: str) -> None:
+    """Raise ConfigError for the first of these parameters that was given on the command line."""
+    options = {parameter.name: parameter.opts[0] for parameter in context.command.params}
+    for name in names:
+        given = context.get_parameter_source(name)
+        if given is not None and given.name == "COMMANDLINE":
+            raise ConfigError(f"{options[name]} has no effect {why}")

@@ -1,13 +1,13 @@
 """`sheepfold report`: one HTML file about a run, or several."""
 
-import importlib.util
 import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from sheepfold.errors import ConfigError, missing_extra
+from sheepfold.commands.options import refuse
+from sheepfold.errors import ConfigError, require
 
 
 def command(
@@ -27,18 +27,14 @@ def command(
     show: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
 ) -> None:
     """Write one HTML file about a run, or several compared."""
-    needed = {"plotly": True, "starlette": live, "uvicorn": live}
-    for library in (name for name, asked in needed.items() if asked and importlib.util.find_spec(name) is None):
-        raise missing_extra("sheepfold report", library, "report")
+    require("sheepfold report", "report", "plotly", *(["starlette", "uvicorn"] if live else []))
     mere = [place for place in places if _is_mere_adapter(place)]
     if mere and (live or len(places) > 1):
         raise ConfigError(f"{mere[0]}: an adapter folder; report takes one alone, without --live, or runs")
     if base and not mere:
         raise ConfigError(f"--base {base} has no effect on a run, which names its own; remove it")
-    for option in ("host", "port"):
-        given = context.get_parameter_source(option)
-        if not live and given is not None and given.name == "COMMANDLINE":
-            raise ConfigError(f"--{option} has no effect without --live, which alone listens; remove it")
+    if not live:
+        refuse(context, ("host", "port"), "without --live, which alone listens; remove it")
     if live and out:
         raise ConfigError(f"--out {out} has no effect with --live, which writes no file; remove one of them")
     if live:

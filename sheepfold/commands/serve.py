@@ -27,13 +27,10 @@ def command(
     access_log: Annotated[bool, typer.Option("--access-log", help="Write a line for each request.")] = False,
 ) -> None:
     """Serve a base and its adapters to OpenAI clients: chat and plain completions, streamed or whole."""
-    import importlib.util
+    from sheepfold import listening
+    from sheepfold.errors import require
 
-    from sheepfold.errors import missing_extra
-
-    for library in ("fastapi", "uvicorn"):
-        if importlib.util.find_spec(library) is None:
-            raise missing_extra("sheepfold serve", library, "serve")
+    require("sheepfold serve", "serve", "fastapi", "uvicorn")
     from sheepfold.serve import server
     from sheepfold.serve.limits import Limits
 
@@ -46,9 +43,9 @@ def command(
         body_seconds=body_seconds,
         connections=connections,
     )
-    token = server.read_token(token_file)
-    with server.bind(host, port) as taken:
-        server.check_open(host, taken, token)
+    token = listening.read_token(token_file)
+    with listening.bind(host, port) as taken:
+        listening.check_open(host, taken, token)
         from sheepfold.answering.model import open_source
         from sheepfold.answering.source import find
 
@@ -60,7 +57,7 @@ def command(
                     taken,
                     limits,
                     token=token,
-                    hosts=server.hosts_of(host, token),
+                    hosts=listening.hosts_of(host, token),
                     say=lambda line: typer.echo(line, err=False),
                     access_log=access_log,
                 )

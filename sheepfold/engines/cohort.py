@@ -49,11 +49,6 @@ class CohortEngine(LocalEngine):
         weight = self.head.output.weight
         self.device, self.dtype, self.half = weight.device, weight.dtype, weight.dtype == torch.float16
 
-    @property
-    def bare(self) -> Adapter | None:
-        """None: a fresh LoRA adapter changes nothing."""
-        return None
-
     def train_pass(self, clients: Sequence[Local], rule: LocalRule | None) -> None:
         """Take these clients through their round, together."""
         Pass(self, clients, rule).run()

@@ -74,6 +74,11 @@ class LocalEngine:
             for client in clients:
                 yield self._answer(client)
 
+    @property
+    def bare(self) -> Adapter | None:
+        """What stands for the bare base; None where a fresh adapter changes nothing, as LoRA's."""
+        return None
+
     def train_pass(self, clients: Sequence["Local"], rule: LocalRule | None) -> None:
         """Take these clients, each with steps and most steps first, through their round; fill in what they learned."""
         raise NotImplementedError

@@ -199,7 +199,7 @@ class PeftModelEngine(LocalEngine):
 
     @property
     def bare(self) -> Adapter | None:
-        """What stands for the bare base, where a fresh adapter is not that already: virtual tokens are random."""
+        """An adapter without tensors for methods whose fresh one may change something: virtual tokens are random."""
         return Adapter() if isinstance(self.carrier, PeftCarrier) else None
 
     def close(self) -> None:

@@ -11,6 +11,7 @@ import secrets
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
+from sheepfold.listening import called
 from sheepfold.serve.faults import ApiError, internal, shown
 from sheepfold.serve.limits import Limits
 
@@ -72,12 +73,11 @@ class Gate:
 
     def _check_host(self, host: bytes) -> None:
         # A page elsewhere may have its own name resolve to this machine (DNS rebinding); it cannot change the header.
-        name = host.decode("latin-1").lower().strip()
-        bare = name[: name.rfind("]") + 1] if name.startswith("[") else name.partition(":")[0]
-        if self.hosts is not None and bare not in self.hosts:
+        if self.hosts is not None and called(host) not in self.hosts:
+            found = shown(host.decode("latin-1").lower().strip())
             raise ApiError(
                 403,
-                f"Host: {shown(name)} is not this server; call it by {', '.join(sorted(self.hosts))}, or start it with "
+                f"Host: {found} is not this server; call it by {', '.join(sorted(self.hosts))}, or start it with "
                 "a token",
                 code="invalid_host",
             )

@@ -107,18 +107,17 @@ class Order:
             return
         for rows in _together([len(prompt.ids) for prompt in self.prompts]):
             ids = [self.prompts[row].ids for row in rows]
-            scores = answering.score(ids, [self.model], self.top) if max(map(len, ids)) > 1 else [[]]
-            for row, rest in zip(rows, scores, strict=True):
+            for row, rest in zip(rows, answering.score(ids, [self.model], self.top), strict=True):
                 first = TokenScore(int(self.prompts[row].ids[0]), "", math.nan)
                 yield Echo(row, self.echo[row], (first, *rest))
 
 
 def _together(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Yield the numbers of rows to score in one pass, in order; a row of one token is alone."""
+    """Yield the numbers of rows to score in one pass, in order."""
     rows: list[int] = []
-    for row, length in enumerate(lengths):
+    for row in range(len(lengths)):
         most = max(lengths[r] for r in [*rows, row])
-        if rows and (1 in (length, lengths[rows[0]]) or most * (len(rows) + 1) > SCORED_TOKENS):
+        if rows and most * (len(rows) + 1) > SCORED_TOKENS:
             yield rows
             rows = []
         rows.append(row)

@@ -12,14 +12,13 @@ import contextlib
 import fcntl
 import hashlib
 import importlib
-import importlib.util
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from sheepfold.errors import ConfigError, missing_extra
+from sheepfold.errors import ConfigError, require
 from sheepfold.folders import replace_file, writing
 from sheepfold.journal import RunFolder
 from sheepfold.report.benchmarks import read_benchmarks
@@ -221,8 +220,7 @@ def check_installed(names: Sequence[str]) -> None:
     for name in names:
         if name not in ARGUMENTS:
             raise ConfigError(f"--to {name!r}: known: {', '.join(ARGUMENTS)}")
-        if importlib.util.find_spec(LIBRARIES[name]) is None:
-            raise missing_extra(f"tracker {name}", LIBRARIES[name], name)
+        require(f"tracker {name}", name, LIBRARIES[name])
 
 
 def _hash(content: bytes) -> str:

@@ -10,8 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 from sheepfold import cli
+from sheepfold import listening as serving
 from sheepfold.errors import ConfigError
-from sheepfold.serve import server as serving
 from sheepfold.serve.app import build
 from sheepfold.serve.faults import ApiError
 from sheepfold.serve.gate import Gate

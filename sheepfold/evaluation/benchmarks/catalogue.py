@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sheepfold.errors import ConfigError, missing_extra
+from sheepfold.errors import ConfigError, require
 from sheepfold.evaluation.benchmarks import code_tasks, suite
 from sheepfold.evaluation.benchmarks.settings import Settings
 
@@ -76,8 +75,8 @@ def check(settings: Settings) -> Asked:
     Raises ConfigError for unknown names, options without effect and a missing library, DataError for missing rows.
     """
     asked = parse(settings)
-    if (asked.harness or asked.code) and find_spec("lm_eval") is None:
-        raise missing_extra(", ".join([*asked.harness, *asked.code]), "lm-eval", "eval")
+    if asked.harness or asked.code:
+        require(", ".join([*asked.harness, *asked.code]), "eval", "lm-eval")
     _check_options(settings, asked)
     for name in asked.code:
         code_tasks.check(name, settings)
