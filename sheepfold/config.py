@@ -84,8 +84,8 @@ class PartitionSettings(Section):
     """How one pile of rows becomes clients."""
 
     by: str = "iid"
-    """iid, shards, dirichlet, meta, natural, quantity, files (per-client files), a partition file (.json), or
-    module:function."""
+    """iid, order (consecutive rows), shards, dirichlet, meta, natural, quantity, files (per-client files), a partition
+    file (.json), or module:function."""
     clients: Positive = 10
     """Number of clients; natural and files take it from the data."""
     seed: int = 42
@@ -111,6 +111,8 @@ class DataSettings(Section):
     """A local file or folder with the named source's rows, where the hub is not wanted."""
     split: str = "train"
     """Which split of a hub data set; all: every split, kept apart as training, evaluation and test rows."""
+    test_split: str | None = None
+    """Another split of the source (such as validation), or a file, as the global test set, which no client holds."""
     fields: Mapping[str, str] = Field(default_factory=dict)
     """Field map for own data: instruction, input, output, category, client, messages -> column name; an empty name
     means that there is none."""
@@ -340,7 +342,7 @@ class Experiment(Section):
     @model_validator(mode="after")
     def _combinations(self) -> Self:
         asked, partition = self.federation.clients_per_round, self.data.partition
-        named = partition.by in ("iid", "shards", "dirichlet", "meta", "quantity")
+        named = partition.by in ("iid", "order", "shards", "dirichlet", "meta", "quantity")
         if asked and named and asked > partition.clients:
             raise ValueError(
                 f"federation.clients_per_round {asked} is more than data.partition.clients {partition.clients}"
