@@ -43,6 +43,8 @@ class ModelSettings(Section):
     """Number format of the frozen weights; auto: float32 on a CPU, bfloat16 where the device has it, else float16."""
     attention: Literal["auto", "sdpa", "eager"] = "auto"
     """Attention implementation, as transformers names it; auto: sdpa, or eager for families without it."""
+    head: Literal["auto", "new"] = "auto"
+    """task classification; auto: the base's own head, or a new one where the base has none; new: a new one anyway."""
 
 
 class AdapterSettings(Section):
@@ -62,6 +64,9 @@ class AdapterSettings(Section):
     """Dropout on the adapter's input."""
     targets: Literal["auto", "all-linear"] | tuple[str, ...] = "auto"
     """auto: PEFT's table for the model family; all-linear: every linear layer but the head; or module names."""
+    modules_to_save: Literal["auto"] | tuple[str, ...] = "auto"
+    """Modules trained and sent whole beside the LoRA pairs, as PEFT calls them; auto: a classifier's head, nothing of a
+    causal LM."""
     start: str | None = None
     """A PEFT folder to start from, instead of A random and B zero; rank and alpha are then the folder's."""
     options: Mapping[str, Any] = Field(default_factory=dict)
@@ -127,6 +132,8 @@ class DataSettings(Section):
     """Share of each client's rows held out for evaluation."""
     test_share: Share = 0.0
     """Share of each client's rows held out for a final test."""
+    labels: tuple[str, ...] = ()
+    """task classification: the labels, in the order of the head's outputs; default: the named set's, else sorted."""
     template: str = "auto"
     """auto (the tokenizer's chat template, else alpaca), chat, alpaca, alpaca_short, alpaca_legacy, vigogne, plain,
     vicuna, baize, a template file, or module:function."""
@@ -296,7 +303,8 @@ class EvaluationSettings(Section):
     rows_per_client: Positive | None = None
     """At most this many held-out rows a client, always the same ones."""
     metrics: tuple[str, ...] = ()
-    """Generative metrics at the end and in the closing table: exact_match, rouge_l, or module:metric."""
+    """Generative metrics at the end and in the closing table: exact_match, rouge_l, or module:metric. With task
+    classification: what every evaluation measures beside accuracy: matthews, f1."""
     generation: GenerationSettings = GenerationSettings()
     batch_rows: Positive = 32
     """Rows per forward pass of the held-out loss."""
@@ -306,11 +314,12 @@ class StopSettings(Section):
     """Early stop on one named key of the held-out report."""
 
     key: str | None = None
-    """Such as 'loss.weighted', 'loss.plain', 'loss.worst_decile' or 'loss.global'; null: never stop early."""
+    """Such as 'loss.weighted', 'loss.plain', 'loss.worst_decile' or 'loss.global'; with task classification also
+    'accuracy.weighted' and so on; null: never stop early."""
     patience: Positive = 3
     """Evaluations without improvement before the run stops."""
     delta: Annotated[float, Field(ge=0)] = 0.0
-    """What counts as improvement: lower than the best by more than this."""
+    """What counts as improvement: better than the best (a lower loss, a higher accuracy) by more than this."""
 
 
 class Experiment(Section):
@@ -318,6 +327,8 @@ class Experiment(Section):
 
     name: str = "demo"
     """The run's name, and its folder's."""
+    task: Literal["causal_lm", "classification"] = "causal_lm"
+    """What is learned: answers, token by token, or a row's label."""
     seed: int = 0
     """Seed of everything but the data (see data.seed and data.partition.seed)."""
     output: str = "runs"
@@ -351,6 +362,8 @@ class Experiment(Section):
             raise ValueError(
                 f"adapter.method {self.adapter.method!r} needs train.engine peft_model; the cohort engine trains lora"
             )
+        if problem := self._without_effect():
+            raise ValueError(problem)
         if self.adapter.options and self.adapter.method in ("lora", "full"):
             raise ValueError(f"adapter.options has no effect with adapter.method {self.adapter.method!r}; remove it")
         if self.adapter.start and self.adapter.method != "lora":
@@ -362,6 +375,28 @@ class Experiment(Section):
         if any(c in self.name for c in "/\\\0") or self.name in ("", ".", ".."):
             raise ValueError(f"name {self.name!r} must be a plain folder name")
         return self
+
+    def _without_effect(self) -> str | None:
+        """Return what to say of an option that the task has no use for; None where there is none."""
+        classifies = self.task == "classification"
+        data, whole = self.data, self.adapter.modules_to_save != "auto"
+        others = {
+            "data.labels": bool(data.labels),
+            "model.head": self.model.head != "auto",
+            "adapter.modules_to_save": whole,
+        }
+        generative = {
+            "data.template": data.template != "auto",
+            "data.system": data.system is not None,
+            "data.train_on_inputs": data.train_on_inputs,
+            "evaluation.generation": self.evaluation.generation != GenerationSettings(),
+        }
+        for key, is_set in (generative if classifies else others).items():
+            if is_set:
+                return f"{key} has no effect with task {self.task}; remove it"
+        if whole and self.adapter.method != "lora":
+            return f"adapter.modules_to_save has no effect with adapter.method {self.adapter.method!r}; remove it"
+        return None
 
 
 def load(path: str | os.PathLike[str] | None, overrides: Sequence[str] = ()) -> Experiment:

@@ -20,6 +20,9 @@ from sheepfold.folders import fresh_folder, writing
 from sheepfold.loading import quiet
 from sheepfold.models import Base, config_only, load_base
 from sheepfold.targets import is_conv1d
+from sheepfold.tasks import task
+from sheepfold.tasks.base import Task
+from sheepfold.tasks.causal_lm import CAUSAL_LM
 
 if TYPE_CHECKING:
     from sheepfold.assembly import Parts
@@ -40,6 +43,14 @@ class Card:
     rounds: int
     dropout: float = 0.0
     """The adapter's dropout in training; PEFT keeps it for whoever trains on."""
+    task: Task = CAUSAL_LM
+
+    def loading(self, what: str) -> str:
+        """Return the Python that loads a model of the task: its class's import, and `... = ...from_pretrained(...)`."""
+        labels = ""
+        if self.task.labels:
+            labels = f", num_labels={len(self.task.labels)}, id2label={dict(enumerate(self.task.labels))!r}"
+        return f'{self.task.auto_class}.from_pretrained({what}{labels}, dtype="float32")'
 
     def text(self, kind: str, how: str) -> str:
         """Return the README.md of an export; kind: 'adapter' or 'merged model', how: the Python that loads it."""
@@ -57,7 +68,7 @@ class Card:
 
 def save_adapter(parts: "Parts", adapter: Adapter, folder: str | os.PathLike[str], rounds: int) -> None:
     """Write a running experiment's adapter: LoRA as a PEFT folder, other methods as their own save_pretrained does."""
-    card = card_of(parts.experiment, rounds)
+    card = card_of(parts.experiment, rounds, parts.task)
     if adapter.pairs:
         export_peft(adapter, folder, parts.base.model, card, parts.experiment.model.revision)
         return
@@ -99,12 +110,13 @@ def export_run(
             f"{run}: adapter.method {experiment.adapter.method} has no LoRA pairs; its folders adapter/ and best/, "
             "written when the run ends, are already what plain PEFT and transformers load"
         )
-    card = card_of(experiment, state.round)
+    asked = task(experiment, tuple(folder.data().get("labels", ())))
+    card = card_of(experiment, state.round, asked)
     if merged:
-        export_merged(load_base(experiment.model, "cpu"), whole, out, numbers, card)
+        export_merged(load_base(experiment.model, "cpu", task=asked), whole, out, numbers, card)
     else:
         with fresh_folder(out) as fresh:
-            model = config_only(experiment.model, "cpu").model
+            model = config_only(experiment.model, "cpu", asked).model
             export_peft(whole, fresh, model, card, experiment.model.revision)
     return Path(out)
 
@@ -145,10 +157,12 @@ def export_peft(
         fan_in_fan_out=conv1d,
         revision=revision,
         dropout=card.dropout,
+        task_type=card.task.peft_type,
+        whole=list(card.task.whole(model)) if adapter.extra else None,
     )
     how = (
-        f"from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n{_import_of(card.base)}\n"
-        f'base = AutoModelForCausalLM.from_pretrained({_name_of(card.base)}, dtype="float32")\n'
+        f"from peft import PeftModel\nfrom transformers import {card.task.auto_class}\n{_import_of(card.base)}\n"
+        f"base = {card.loading(_name_of(card.base))}\n"
         'model = PeftModel.from_pretrained(base, "this folder")'
     )
     with writing(Path(folder)):
@@ -179,8 +193,8 @@ def export_merged(
         untied = {} if _tied(model).isdisjoint(adapter.pairs) else {"tie_word_embeddings": False}
         _edit_json(fresh / "config.json", own | untied)
         card = card or Card(base.name, Path(folder).name, "LoRA", 0)
-        how = "from transformers import AutoModelForCausalLM\n\n"
-        how += 'model = AutoModelForCausalLM.from_pretrained("this folder", dtype="float32")'
+        how = f"from transformers import {card.task.auto_class}\n\n"
+        how += f'model = {card.task.auto_class}.from_pretrained("this folder", dtype="float32")'
         (fresh / "README.md").write_text(card.text("merged model", how), encoding="utf-8")
 
 
@@ -219,11 +233,11 @@ def _name_of(base: str) -> str:
     return "BUILTIN" if base == "builtin:tiny" else repr(base)
 
 
-def card_of(experiment: "Experiment", rounds: int) -> Card:
+def card_of(experiment: "Experiment", rounds: int, asked: Task) -> Card:
     """Return what an experiment's exports say of it."""
     strategy = experiment.federation.strategy
     method = strategy if isinstance(strategy, str) else " + ".join(strategy)
-    return Card(experiment.model.base, experiment.name, method, rounds, experiment.adapter.dropout)
+    return Card(experiment.model.base, experiment.name, method, rounds, experiment.adapter.dropout, asked)
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -10,7 +10,7 @@ import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 from sheepfold import peft_io
@@ -136,6 +136,8 @@ def find(
 def _of_run(path: Path, base: str | None, template: str | None) -> Source:
     run = RunFolder(path)
     experiment = run.experiment()
+    if experiment.task == "classification":
+        raise ConfigError(f"{path}: a run of task classification gives labels, and has no answers to write")
     if not run.latest.is_file():
         raise CheckpointError(f"{path}: the run has no state yet; wait for its first evaluation, or run it again")
     model = experiment.model.model_copy(update={"base": base}) if base else experiment.model
@@ -147,6 +149,10 @@ def _of_run(path: Path, base: str | None, template: str | None) -> Source:
 
 
 def _of_adapter(path: Path, base: str | None, config: Path | None, template: str | None) -> Source:
+    if _told(path, config, "task_type") == "SEQ_CLS":
+        raise ConfigError(
+            f"{path}: a classifier's adapter (task_type SEQ_CLS) gives labels, and has no answers to write"
+        )
     if base is None:
         base = _told_base(path, config)
     data = DataSettings(template=template or "auto")
@@ -163,11 +169,15 @@ def _config_file(path: Path, config: Path | None) -> Path:
     return config or (path / peft_io.CONFIG if path.is_dir() else path.parent / peft_io.CONFIG)
 
 
-def _told_base(path: Path, config: Path | None) -> str:
+def _told(path: Path, config: Path | None, key: str) -> Any:
     try:
-        told = json.loads(_config_file(path, config).read_text(encoding="utf-8"))["base_model_name_or_path"]
+        return json.loads(_config_file(path, config).read_text(encoding="utf-8"))[key]
     except (OSError, ValueError, KeyError, TypeError):
-        told = None
+        return None
+
+
+def _told_base(path: Path, config: Path | None) -> str:
+    told = _told(path, config, "base_model_name_or_path")
     if not isinstance(told, str) or not told:
         raise ConfigError(f"{path}: its configuration names no base; say it with --base")
     return told

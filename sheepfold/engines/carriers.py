@@ -3,8 +3,9 @@
 A carrier writes an `Adapter` into the model and reads it back, strictly: a tensor that finds no place is an error.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
+from inspect import signature
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +17,8 @@ from sheepfold.config import AdapterSettings
 from sheepfold.engines.injection import chains
 from sheepfold.errors import AdapterMismatch, ConfigError, suggest
 from sheepfold.rng import derive
+from sheepfold.tasks.base import Task
+from sheepfold.tasks.causal_lm import CAUSAL_LM
 
 
 class Carrier(Protocol):
@@ -34,16 +37,22 @@ class Carrier(Protocol):
 
 
 def carrier(
-    model: Any, sites: Sequence[str], settings: AdapterSettings, seed: int, *, beyond_peft: bool = False
+    model: Any,
+    sites: Sequence[str],
+    settings: AdapterSettings,
+    seed: int,
+    *,
+    beyond_peft: bool = False,
+    task: Task = CAUSAL_LM,
 ) -> Carrier:
     """Return the carrier for adapter.method; raises ConfigError for methods that PEFT does not know."""
     if settings.method == "lora" and beyond_peft:
         return HookCarrier(model, sites, settings.dropout)
     if settings.method == "lora":
-        return LoraCarrier(model, sites, settings.dropout)
+        return LoraCarrier(model, sites, settings.dropout, [n for names in task.whole(model).values() for n in names])
     if settings.method == "full":
         return FullCarrier(model)
-    return PeftCarrier(model, settings, seed)
+    return PeftCarrier(model, settings, seed, task)
 
 
 MOST_KINDS = 8
@@ -51,10 +60,14 @@ MOST_KINDS = 8
 
 
 class LoraCarrier:
-    """LoRA through PEFT. Clients of other ranks get PEFT adapters of their own in the same model."""
+    """LoRA through PEFT. Clients of other ranks get PEFT adapters of their own in the same model.
 
-    def __init__(self, model: Any, sites: Sequence[str], dropout: float) -> None:
+    Tensors that are trained whole are the model's own, in float32 or wider.
+    """
+
+    def __init__(self, model: Any, sites: Sequence[str], dropout: float, whole: Sequence[str] = ()) -> None:
         self.model: Any = model
+        self._whole = _widened(model, whole)
         self._sites = list(sites)
         self._dropout = dropout
         self._names: dict[tuple[tuple[str, int, float], ...], str] = {}
@@ -62,7 +75,7 @@ class LoraCarrier:
         self._made = 0
 
     def write(self, adapter: Adapter) -> None:
-        _check_sites(adapter, self._sites)
+        _check_sites(adapter, self._sites, self._whole)
         if adapter.sparse or any(pair.core is not None for pair in adapter.pairs.values()):
             adapter = adapter.plain()  # to look at; training these needs HookCarrier
         self._activate(adapter)
@@ -71,19 +84,21 @@ class LoraCarrier:
                 A, B = self._factors(path)
                 A.copy_(pair.A)
                 B.copy_(pair.B)
+            for name, tensor in adapter.extra.items():
+                self._whole[name].copy_(tensor)
 
     def read(self) -> Adapter:
         pairs = {}
         for path in self._sites:
             A, B = (t.detach().cpu().clone() for t in self._factors(path))
             pairs[path] = LoraPair(A, B, float(self._module(path).scaling[self._active]))
-        return Adapter(pairs)
+        return Adapter(pairs, _copies(self._whole))
 
     def factors(self) -> dict[str, Tensor]:
         found = {}
         for path in self._sites:
             found[f"{path}/A"], found[f"{path}/B"] = self._factors(path)
-        return found
+        return found | {f"{name}/extra": tensor for name, tensor in self._whole.items()}
 
     def _module(self, path: str) -> Any:
         return self.model.base_model.model.get_submodule(path)
@@ -135,7 +150,7 @@ class LoraCarrier:
 class PeftCarrier:
     """Any other PEFT method, by its PEFT name and options; its tensors travel whole."""
 
-    def __init__(self, model: Any, settings: AdapterSettings, seed: int) -> None:
+    def __init__(self, model: Any, settings: AdapterSettings, seed: int, task: Task = CAUSAL_LM) -> None:
         from peft import PEFT_TYPE_TO_CONFIG_MAPPING, get_peft_model
 
         known = {str(kind.value).lower(): cls for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
@@ -143,7 +158,10 @@ class PeftCarrier:
         if method not in known:
             raise ConfigError(f"adapter.method {settings.method!r}: PEFT has none; {suggest(method, [*known, 'full'])}")
         try:
-            config = known[method](task_type="CAUSAL_LM", **settings.options)
+            options: dict[str, Any] = {"task_type": task.peft_type, **settings.options}
+            if (whole := list(task.whole(model))) and "modules_to_save" in signature(known[method]).parameters:
+                options.setdefault("modules_to_save", whole)
+            config = known[method](**options)
             with torch.random.fork_rng():
                 torch.manual_seed(derive(seed, "adapter"))
                 self.model: Any = get_peft_model(model, config)
@@ -261,10 +279,19 @@ class SideHooks:
         return out + x
 
 
-def _check_sites(adapter: Adapter, sites: Sequence[str]) -> None:
+def _widened(model: Any, names: Sequence[str]) -> dict[str, Tensor]:
+    """Return parameters of the model by name, their layers in float32 where they were narrower."""
+    for path in {name.rpartition(".")[0] for name in names}:
+        layer = model.get_submodule(path)
+        layer.to(torch.promote_types(layer.weight.dtype, torch.float32))
+        layer.register_forward_pre_hook(lambda module, args: (args[0].to(module.weight.dtype),))
+    return {name: model.get_parameter(name) for name in names}
+
+
+def _check_sites(adapter: Adapter, sites: Sequence[str], whole: Collection[str] = ()) -> None:
     adapted = {*adapter.pairs, *adapter.sparse}
-    if adapter.extra or adapted != set(sites):
-        odd = sorted(set(adapter.extra) | adapted ^ set(sites))
+    if adapter.extra.keys() != set(whole) or adapted != set(sites):
+        odd = sorted(adapter.extra.keys() ^ set(whole) | adapted ^ set(sites))
         raise AdapterMismatch(f"{odd[0]}: in one of adapter and model only; adapter.targets must match the adapter")
 
 
