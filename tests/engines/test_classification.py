@@ -138,3 +138,17 @@ def test_a_head_that_the_model_does_not_take_whole_is_refused():
     with pytest.raises(AdapterMismatch, match=r"score.weight: whole tensors are trained by train.engine peft_model"):
         list(engine.train(small.assignments(dict.fromkeys(RANKS, odd))))
     engine.close()
+
+
+def test_heads_are_float32_on_a_bfloat16_base_in_both_engines():
+    base = encoders.model(torch.bfloat16, "distilbert")
+    work = small.assignments({c: encoders.adapter(base, 4, i).to(torch.float32) for i, c in enumerate(RANKS)})
+    train = TrainSettings(steps=2, batch_rows=4, lr=1e-3)
+    ours = closed(encoders.cohort_engine(base, train), work)
+    reference = trained(encoders.peft_engine(base, train), work)
+    for client in ours:
+        assert {t.dtype for t in ours[client].adapter.extra.values()} == {torch.float32}
+        assert small.gap(ours[client].adapter, reference[client].adapter) < 5e-3  # Adam's steps are of size lr
+        assert ours[client].measurements.loss.value == pytest.approx(
+            reference[client].measurements.loss.value, rel=0.05
+        )
