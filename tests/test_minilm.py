@@ -39,7 +39,7 @@ def test_four_clients_teach_a_real_encoder_sentiment(lab, encoder, tmp_path):
                     "eval_share": 0,
                     "max_tokens": 64,
                 },
-                "train": {"epochs": 1, "batch_rows": 32, "lr": 1e-3},
+                "train": {"epochs": 1, "batch_rows": 8, "lr": 3e-3},
                 "federation": {"rounds": 2, "strategy": "fedit"},
             }
         )
