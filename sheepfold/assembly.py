@@ -6,9 +6,10 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from sheepfold import adapter_methods, planning
+from sheepfold import adapter_methods, planning, stopping
 from sheepfold.adapter import Adapter
 from sheepfold.config import Experiment
 from sheepfold.data.rows import FederatedData
@@ -17,9 +18,7 @@ from sheepfold.engines.injection import CohortModel
 from sheepfold.engines.peft_methods import check_options
 from sheepfold.engines.peft_model import PeftModelEngine
 from sheepfold.errors import ConfigError, ModelError
-from sheepfold.evaluation.held_out import KEYS
 from sheepfold.evaluation.text_metrics import Metric
-from sheepfold.evaluation.text_metrics import resolve as resolve_metric
 from sheepfold.local import optimizers, rules
 from sheepfold.models import Base, Outline, config_only, load_base, load_tokenizer
 from sheepfold.personal import check_patterns, check_personal, keeping_local
@@ -30,6 +29,8 @@ from sheepfold.state import BatchPlan, ServerState, Setting
 from sheepfold.strategies import strategy
 from sheepfold.strategies.base import Strategy, cut
 from sheepfold.targets import find_targets, is_conv1d, linear_shape, new_adapter
+from sheepfold.tasks import task
+from sheepfold.tasks.base import Task
 
 AnyEngine = CohortEngine | PeftModelEngine
 
@@ -49,6 +50,8 @@ class Parts:
     """The fresh adapter, at each module's largest rank"""
     first: ServerState
     """The state before round 1"""
+    task: Task
+    """With the data's labels, where it has labels"""
 
     def start(self) -> ServerState:
         """Return the state before round 1."""
@@ -75,8 +78,18 @@ class Parts:
         return any(self.engine.private(name) for name in self.initial.tensors())
 
 
+@dataclass(frozen=True, slots=True)
+class Foundation:
+    """What can be known of a run without its base's weights."""
+
+    task: Task
+    outline: Outline
+    tokenizer: Any
+    data: FederatedData
+
+
 def check(experiment: Experiment) -> tuple[Strategy, dict[str, Metric]]:
-    """Find out what can be found without data and model: names of parts, optimizer arguments, stop keys.
+    """Find out what can be found without data and model: names of parts, optimizer arguments, measures, stop keys.
 
     Raises ConfigError for the first thing that is wrong.
     """
@@ -95,11 +108,16 @@ def check(experiment: Experiment) -> tuple[Strategy, dict[str, Metric]]:
             "flexlora, hetlora and heterolora take mixed ones"
         )
     check_options(experiment.adapter)
+    asked = task(experiment)
+    if made.beyond_peft and asked.name == "classification":
+        raise ConfigError(
+            f"federation.strategy {made.name}: it trains something else than LoRA's A and B, and has no place for a "
+            "classifier's head beside it; fedavg, flora, fedex, flexlora, hetlora, fedprox, scaffold and fedopt do"
+        )
     optimizers.build(experiment.train, elementwise=experiment.train.engine == "cohort")
-    metrics = {name: resolve_metric(name) for name in experiment.evaluation.metrics}
-    if (key := experiment.stop.key) and key.removeprefix("loss.") not in KEYS:
-        raise ConfigError(f"stop.key {key!r}: known: {', '.join(f'loss.{k}' for k in KEYS)}")
-    return made, metrics
+    if key := experiment.stop.key:
+        stopping.check_name(key, asked.measures)
+    return made, asked.metrics(experiment.evaluation.metrics)
 
 
 def _try(name: str, metric: Metric, data: FederatedData) -> None:
@@ -132,32 +150,60 @@ def assemble(experiment: Experiment, plan: BatchPlan | None = None) -> Parts:
     Raises ConfigError, DataError, ModelError or AdapterMismatch, each with its one line.
     """
     made, metrics = check(experiment)
-    outline = config_only(experiment.model, experiment.device)
-    check_length(experiment, outline.max_positions)
-    tokenizer = load_tokenizer(experiment.model)
-    data = load_data(experiment, tokenizer)
+    known = foundation(experiment)
+    asked, outline, data = known.task, known.outline, known.data
     chosen = sampler(experiment.federation, list(data.clients), experiment.seed)
     for name, metric in metrics.items():
         _try(name, metric, data)
     start = read_start(experiment, outline.model)
     ranks = clients_ranks(experiment, outline, list(data.clients))
     if experiment.adapter.method == "lora":
-        check_patterns(experiment, find_targets(outline.model, experiment.adapter.targets))
+        check_patterns(experiment, [*sites_of(experiment, outline.model, asked), *whole_names(outline.model, asked)])
     # the heavy part, when all else is known to be there
-    base = load_base(experiment.model, experiment.device, tokenizer)
+    base = load_base(experiment.model, experiment.device, known.tokenizer, task=asked)
     train_rows = {name: rows.train for name, rows in data.clients.items()}
-    sites = find_targets(base.model, experiment.adapter.targets) if experiment.adapter.method == "lora" else {}
+    sites = sites_of(experiment, base.model, asked) if experiment.adapter.method == "lora" else {}
     setting = make_setting(experiment, list(data.clients), ranks, sites, start, made)
-    engine = make_engine(experiment, base, data, sites, train_rows, made)
+    fresh = fresh_whole(base.model, asked)  # before an engine puts its own layers there
+    engine = make_engine(experiment, base, data, sites, train_rows, made, asked)
     if isinstance(engine, PeftModelEngine) and not sites:
         initial = engine.initial()
     else:
-        initial = first_adapter(experiment, sites, start, setting)
+        initial = first_adapter(experiment, sites, start, setting, fresh)
     check_patterns(experiment, [name.rpartition("/")[0] for name in initial.tensors()])
     first = made.begin(ServerState(0, initial, engine.plan, setting=setting))
     numbers = first.adapter.numbers_in_training
     engine.plan = plan or planning.batch_plan(experiment.train, numbers, chosen.size, base.device)
-    return Parts(experiment, base, data, engine, chosen, made, metrics, initial, first)
+    return Parts(experiment, base, data, engine, chosen, made, metrics, initial, first, asked)
+
+
+def foundation(experiment: Experiment) -> Foundation:
+    """Return what can be known without weights; a task with labels takes them from the data."""
+    asked = task(experiment)
+    outline = config_only(experiment.model, experiment.device, asked)
+    check_length(experiment, outline.max_positions)
+    tokenizer = load_tokenizer(experiment.model, asked)
+    data = load_data(experiment, tokenizer)
+    if data.labels:
+        asked = task(experiment, data.labels)
+        outline = config_only(experiment.model, experiment.device, asked)
+    return Foundation(asked, outline, tokenizer, data)
+
+
+def sites_of(experiment: Experiment, model: Any, asked: Task) -> dict[str, Any]:
+    """Return the modules that LoRA adapts, by path."""
+    return find_targets(model, experiment.adapter.targets, asked.whole(model))
+
+
+def whole_names(model: Any, asked: Task) -> list[str]:
+    """Return the names of the tensors that are trained whole beside LoRA."""
+    return [name for names in asked.whole(model).values() for name in names]
+
+
+def fresh_whole(model: Any, asked: Task) -> dict[str, Tensor]:
+    """Return copies of those tensors as the base has them, in float32 or wider, on the CPU."""
+    named = {name: model.get_parameter(name).detach() for name in whole_names(model, asked)}
+    return {n: t.to("cpu", torch.promote_types(t.dtype, torch.float32), copy=True) for n, t in named.items()}
 
 
 def clients_ranks(experiment: Experiment, outline: Outline, clients: list[str]) -> dict[str, Mapping[str, int]]:
@@ -167,7 +213,7 @@ def clients_ranks(experiment: Experiment, outline: Outline, clients: list[str]) 
     """
     if experiment.adapter.method != "lora" or experiment.adapter.start:
         return {}
-    layers = find_targets(outline.model, experiment.adapter.targets)
+    layers = sites_of(experiment, outline.model, task(experiment))
     shapes = {path: linear_shape(layer) for path, layer in layers.items()}
     base_bytes = outline.parameters * outline.dtype.itemsize
 
@@ -230,7 +276,8 @@ def _weight(sites: Mapping[str, Any], path: str) -> Tensor:
 
 def at_ranks(adapter: Adapter, ranks: Mapping[str, int], alpha: float) -> Adapter:
     """Return the adapter's first rows and columns at these ranks, each pair scaled by alpha / rank."""
-    return Adapter({path: cut(pair, ranks[path], alpha / ranks[path]) for path, pair in adapter.pairs.items()})
+    pairs = {path: cut(pair, ranks[path], alpha / ranks[path]) for path, pair in adapter.pairs.items()}
+    return replace(adapter, pairs=pairs)
 
 
 def make_engine(
@@ -240,6 +287,7 @@ def make_engine(
     sites: Mapping[str, Any],
     train_rows: Mapping[str, np.ndarray],
     made: Strategy,
+    asked: Task,
 ) -> AnyEngine:
     """Return the engine that the experiment asks for, one client at a time until it gets its plan."""
     train, adapter = experiment.train, experiment.adapter
@@ -248,9 +296,9 @@ def make_engine(
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     plan = planning.batch_plan(train, 0, 1, base.device)
     common: dict[str, Any] = {"seed": experiment.seed, "plan": plan, "rule": made.local}
-    common |= {"private": made.private, "ditto": experiment.personal.ditto}
+    common |= {"private": made.private, "ditto": experiment.personal.ditto, "task": asked}
     if train.engine == "cohort":
-        cohort = CohortModel(model, sites)
+        cohort = CohortModel(model, sites, whole_names(model, asked))
         return CohortEngine(cohort, data.tokens, train_rows, train, adapter, **common)
     common["beyond_peft"] = made.beyond_peft
     return PeftModelEngine(model, list(sites), data.tokens, train_rows, train, adapter, **common)
@@ -261,7 +309,7 @@ def load_data(experiment: Experiment, tokenizer: Any) -> FederatedData:
     from sheepfold.data import token_cache
     from sheepfold.data.prepare import prepare
 
-    return prepare(experiment.data, tokenizer, token_cache.folder(experiment.cache))
+    return prepare(experiment.data, tokenizer, token_cache.folder(experiment.cache), task(experiment))
 
 
 def read_start(experiment: Experiment, model: Any) -> Adapter | None:
@@ -275,11 +323,25 @@ def read_start(experiment: Experiment, model: Any) -> Adapter | None:
     return adapter
 
 
-def first_adapter(experiment: Experiment, sites: Mapping[str, Any], start: Adapter | None, setting: Setting) -> Adapter:
-    """Return the adapter before round 1: `start`, or A random and B zero. Raises ModelError for other modules."""
+def first_adapter(
+    experiment: Experiment,
+    sites: Mapping[str, Any],
+    start: Adapter | None,
+    setting: Setting,
+    whole: Mapping[str, Tensor],
+) -> Adapter:
+    """Return the adapter before round 1: `start`, or A random and B zero beside the base's own whole tensors.
+
+    Raises ModelError where `start` has other modules.
+    """
     settings = experiment.adapter
     if start is None:
-        return new_adapter(sites, setting.widest, settings.alpha, experiment.seed)
+        return replace(new_adapter(sites, setting.widest, settings.alpha, experiment.seed), extra=whole)
+    if odd_tensors := sorted(start.extra.keys() ^ whole.keys()):
+        raise ModelError(
+            f"adapter.start {settings.start}: {odd_tensors[0]} is trained whole in one of the folder and this "
+            "experiment only; set task and adapter.modules_to_save as the folder has them"
+        )
     if start.pairs.keys() != sites.keys():
         odd = sorted(start.pairs.keys() ^ sites.keys())[0]
         raise ModelError(

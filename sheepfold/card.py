@@ -17,6 +17,9 @@ import yaml
 from sheepfold import card_facts
 from sheepfold.card_facts import Table
 from sheepfold.config import CardSettings, ModelSettings
+from sheepfold.tasks import task
+from sheepfold.tasks.base import Task
+from sheepfold.tasks.causal_lm import CAUSAL_LM
 
 if TYPE_CHECKING:
     from sheepfold.config import Experiment
@@ -60,6 +63,7 @@ class Card:
     """Which of the run's adapters this is, such as 'as of round 4, its best evaluation'."""
     datasets: tuple[str, ...] = ()
     """Hub ids of the training data, where it is on the hub."""
+    task: Task = CAUSAL_LM
     tables: Mapping[str, Table] = field(default_factory=dict)
     """heading -> what was done and measured"""
 
@@ -103,7 +107,7 @@ class Card:
     def _front(self, kind: str) -> str:
         values: dict[str, object] = {
             "library_name": KINDS[kind][0],
-            "pipeline_tag": "text-generation",
+            "pipeline_tag": self.task.pipeline,
             "tags": [self._tag(), "sheepfold", *(["federated-learning"] if self.method else [])],
         }
         if is_hub_id(self.base):
@@ -153,8 +157,8 @@ def stated_license(base: str, revision: str | None = None) -> str | None:
     return str(found) if found else None
 
 
-def card_of(experiment: "Experiment", rounds: int) -> Card:
-    """Return what an experiment by itself says of its exports: all but data and measurements."""
+def card_of(experiment: "Experiment", rounds: int, asked: Task) -> Card:
+    """Return what an experiment, whose task this is, says of its exports by itself: all but data and measurements."""
     source, strategy = experiment.data.source, experiment.federation.strategy
     return Card(
         base=experiment.model.base,
@@ -166,6 +170,7 @@ def card_of(experiment: "Experiment", rounds: int) -> Card:
         revision=experiment.model.revision,
         said=experiment.card,
         datasets=(source,) if "/" in source and is_hub_id(source) and not experiment.data.path else (),
+        task=asked,
         tables=card_facts.asked(experiment),
     )
 
@@ -173,10 +178,11 @@ def card_of(experiment: "Experiment", rounds: int) -> Card:
 def card_of_run(run: "RunFolder", round: int | None = None, which: str = "") -> Card:
     """Return what a run's folder says of an adapter of it, as of a round (None: the last)."""
     experiment, lines = run.experiment(), run.lines()
+    asked = task(experiment, tuple(run.data().get("labels", ())))
     if not lines:
-        return card_of(experiment, 0)
+        return card_of(experiment, 0, asked)
     round = lines[-1]["round"] if round is None else round
-    card = card_of(experiment, round)
+    card = card_of(experiment, round, asked)
     return replace(card, which=which, tables=card_facts.measured(run, lines, round) | dict(card.tables))
 
 
@@ -185,16 +191,19 @@ def card_of_adapter(model: ModelSettings, name: str) -> Card:
     return Card(model.base, name, revision=model.revision)
 
 
-def loading(base: str, kind: str, folder: str = "this folder") -> str:
+def loading(card: Card, kind: str, folder: str = "this folder") -> str:
     """Return the block of a card that loads an adapter (by PEFT) or a whole model (by transformers)."""
-    auto = "from transformers import AutoModelForCausalLM\n"
-    if kind != "adapter":
-        return _python(f'{auto}\nmodel = AutoModelForCausalLM.from_pretrained("{folder}", dtype="float32")')
-    builtin = base == "builtin:tiny"  # a folder of this package
+    auto, labels = card.task.auto_class, card.task.labels
+    imported = f"from transformers import {auto}\n"
+    if kind != "adapter":  # its configuration holds the labels
+        return _python(f'{imported}\nmodel = {auto}.from_pretrained("{folder}", dtype="float32")')
+    head = f", num_labels={len(labels)}, id2label={dict(enumerate(labels))!r}" if labels else ""
+    builtin = card.base == "builtin:tiny"  # a folder of this package
+    base = "BUILTIN" if builtin else repr(card.base)
     return _python(
-        f"from peft import PeftModel\n{auto}"
+        f"from peft import PeftModel\n{imported}"
         + ("from sheepfold.models import BUILTIN\n" if builtin else "")
-        + f'\nbase = AutoModelForCausalLM.from_pretrained({"BUILTIN" if builtin else repr(base)}, dtype="float32")\n'
+        + f'\nbase = {auto}.from_pretrained({base}{head}, dtype="float32")\n'
         f'model = PeftModel.from_pretrained(base, "{folder}")'
     )
 

@@ -132,8 +132,9 @@ def data_doctor(file: File = None, as_json: AsJson = False) -> None:
     from sheepfold.assembly import load_data
     from sheepfold.data import doctor
     from sheepfold.models import load_tokenizer
+    from sheepfold.tasks import task
 
-    tokenizer = load_tokenizer(experiment.model)
+    tokenizer = load_tokenizer(experiment.model, task(experiment))
     report = doctor.examine(load_data(experiment, tokenizer), tokenizer)
     if as_json:
         _print(report.as_dict())

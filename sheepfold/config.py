@@ -43,6 +43,8 @@ class ModelSettings(Section):
     """Number format of the frozen weights; auto: float32 on a CPU, bfloat16 where the device has it, else float16."""
     attention: Literal["auto", "sdpa", "eager"] = "auto"
     """Attention implementation, as transformers names it; auto: sdpa, or eager for families without it."""
+    head: Literal["auto", "new"] = "auto"
+    """task classification; auto: the base's own head, or a new one where the base has none; new: a new one anyway."""
 
 
 class AdapterSettings(Section):
@@ -64,6 +66,9 @@ class AdapterSettings(Section):
     """Dropout on the adapter's input."""
     targets: Literal["auto", "all-linear"] | tuple[str, ...] = "auto"
     """auto: PEFT's table for the model family; all-linear: every linear layer but the head; or module names."""
+    modules_to_save: Literal["auto"] | tuple[str, ...] = "auto"
+    """Modules trained and sent whole beside the LoRA pairs, as PEFT calls them; auto: a classifier's head, nothing of a
+    causal LM."""
     start: str | None = None
     """A PEFT folder to start from, instead of A random and B zero; rank and alpha are then the folder's."""
     options: Mapping[str, Any] = Field(default_factory=dict)
@@ -96,8 +101,8 @@ class PartitionSettings(Section):
     """How one pile of rows becomes clients."""
 
     by: str = "iid"
-    """iid, shards, dirichlet, meta, natural, quantity, files (per-client files), a partition file (.json), or
-    module:function."""
+    """iid, order (consecutive rows), shards, dirichlet, meta, natural, quantity, files (per-client files), a partition
+    file (.json), or module:function."""
     clients: Positive = 10
     """Number of clients; natural and files take it from the data."""
     seed: int = 42
@@ -123,6 +128,8 @@ class DataSettings(Section):
     """A local file or folder with the named source's rows, where the hub is not wanted."""
     split: str = "train"
     """Which split of a hub data set; all: every split, kept apart as training, evaluation and test rows."""
+    test_split: str | None = None
+    """Another split of the source (such as validation), or a file, as the global test set, which no client holds."""
     fields: Mapping[str, str] = Field(default_factory=dict)
     """Field map for own data: instruction, input, output, category, client, messages -> column name; an empty name
     means that there is none."""
@@ -137,6 +144,8 @@ class DataSettings(Section):
     """Share of each client's rows held out for evaluation."""
     test_share: Share = 0.0
     """Share of each client's rows held out for a final test."""
+    labels: tuple[str, ...] = ()
+    """task classification: the labels, in the order of the head's outputs; default: the named set's, else sorted."""
     template: str = "auto"
     """auto (the tokenizer's chat template, else alpaca), chat, alpaca, alpaca_short, alpaca_legacy, vigogne, plain,
     vicuna, baize, a template file, or module:function."""
@@ -306,7 +315,8 @@ class EvaluationSettings(Section):
     rows_per_client: Positive | None = None
     """At most this many held-out rows a client, always the same ones."""
     metrics: tuple[str, ...] = ()
-    """Generative metrics at the end and in the closing table: exact_match, rouge_l, or module:metric."""
+    """Generative metrics at the end and in the closing table: exact_match, rouge_l, or module:metric. With task
+    classification: what every evaluation measures beside accuracy: matthews, f1."""
     generation: GenerationSettings = GenerationSettings()
     batch_rows: Positive = 32
     """Rows per forward pass of the held-out loss, and of benchmarks."""
@@ -342,11 +352,12 @@ class StopSettings(Section):
     """Early stop on one named key of the held-out report."""
 
     key: str | None = None
-    """Such as 'loss.weighted', 'loss.plain', 'loss.worst_decile' or 'loss.global'; null: never stop early."""
+    """Such as 'loss.weighted', 'loss.plain', 'loss.worst_decile' or 'loss.global'; with task classification also
+    'accuracy.weighted' and so on; null: never stop early."""
     patience: Positive = 3
     """Evaluations without improvement before the run stops."""
     delta: Annotated[float, Field(ge=0)] = 0.0
-    """What counts as improvement: lower than the best by more than this."""
+    """What counts as improvement: better than the best (a lower loss, a higher accuracy) by more than this."""
 
 
 class CardSettings(Section):
@@ -369,6 +380,8 @@ class Experiment(Section):
 
     name: str = "demo"
     """The run's name, and its folder's."""
+    task: Literal["causal_lm", "classification"] = "causal_lm"
+    """What is learned: answers, token by token, or a row's label."""
     seed: int = 0
     """Seed of everything but the data (see data.seed and data.partition.seed)."""
     output: str = "runs"
@@ -403,7 +416,7 @@ class Experiment(Section):
     @model_validator(mode="after")
     def _combinations(self) -> Self:
         asked, partition = self.federation.clients_per_round, self.data.partition
-        named = partition.by in ("iid", "shards", "dirichlet", "meta", "quantity")
+        named = partition.by in ("iid", "order", "shards", "dirichlet", "meta", "quantity")
         if asked and named and asked > partition.clients:
             raise ValueError(
                 f"federation.clients_per_round {asked} is more than data.partition.clients {partition.clients}"
@@ -412,6 +425,8 @@ class Experiment(Section):
             raise ValueError(
                 f"adapter.method {self.adapter.method!r} needs train.engine peft_model; the cohort engine trains lora"
             )
+        if problem := self._without_effect():
+            raise ValueError(problem)
         if self.adapter.options and self.adapter.method in ("lora", "full"):
             raise ValueError(f"adapter.options has no effect with adapter.method {self.adapter.method!r}; remove it")
         if self.adapter.method in adapter_methods.CACHED and self.train.gradient_checkpointing:
@@ -428,6 +443,28 @@ class Experiment(Section):
         if any(c in self.name for c in "/\\\0") or self.name in ("", ".", ".."):
             raise ValueError(f"name {self.name!r} must be a plain folder name")
         return self
+
+    def _without_effect(self) -> str | None:
+        """Return what to say of an option that the task has no use for; None where there is none."""
+        classifies = self.task == "classification"
+        data, whole = self.data, self.adapter.modules_to_save != "auto"
+        others = {
+            "data.labels": bool(data.labels),
+            "model.head": self.model.head != "auto",
+            "adapter.modules_to_save": whole,
+        }
+        generative = {
+            "data.template": data.template != "auto",
+            "data.system": data.system is not None,
+            "data.train_on_inputs": data.train_on_inputs,
+            "evaluation.generation": self.evaluation.generation != GenerationSettings(),
+        }
+        for key, is_set in (generative if classifies else others).items():
+            if is_set:
+                return f"{key} has no effect with task {self.task}; remove it"
+        if whole and self.adapter.method != "lora":
+            return f"adapter.modules_to_save has no effect with adapter.method {self.adapter.method!r}; remove it"
+        return None
 
 
 def load(path: str | os.PathLike[str] | None, overrides: Sequence[str] = ()) -> Experiment:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from sheepfold.joining import Closing
 
 HEADINGS = ("clients", "train loss", "held-out loss", "worst tenth", "never sampled", "sent up", "seconds")
+MEASURED = ("accuracy", "matthews", "f1")
+"""What rounds may also measure; each has a column behind the held-out loss, where it does."""
 MOST_CLIENTS = 20
 """Clients that the closing table lists one by one; beyond, it shows the summary alone."""
 
@@ -80,7 +82,8 @@ class Terminal:
     def _on_round(self, line: Mapping[str, Any]) -> None:
         self.lines.append(line)
         if not self.console.is_terminal:  # a log: one line a round, as it happens
-            cells = zip(HEADINGS, _row(line)[1:], strict=True)
+            extra = self._measured()
+            cells = zip(_headings(extra), _row(line, extra)[1:], strict=True)
             self.console.print(f"round {line['round']}: " + ", ".join(f"{n} {c}" for n, c in cells if c))
         self._progress.reset(self._task, description=f"round {line['round'] + 1}")
         self._show()
@@ -124,13 +127,22 @@ class Terminal:
 
     def rounds(self) -> Table:
         """Return the table of the rounds so far; the last thirty of many."""
-        view = table("rounds", "round", *HEADINGS)
+        extra = self._measured()
+        view = table("rounds", "round", *_headings(extra))
         for line in self.lines[-30:]:
-            view.add_row(*_row(line))
+            view.add_row(*_row(line, extra))
         return view
 
+    def _measured(self) -> list[str]:
+        return [name for name in MEASURED if any(name in line.get("held_out", {}) for line in self.lines)]
 
-def _row(line: Mapping[str, Any]) -> list[str]:
+
+def _headings(measured: Sequence[str]) -> list[str]:
+    at = HEADINGS.index("worst tenth")
+    return [*HEADINGS[:at], *measured, *HEADINGS[at:]]
+
+
+def _row(line: Mapping[str, Any], measured: Sequence[str]) -> list[str]:
     loss = line.get("held_out", {}).get("loss", {})
     rose = " [yellow]rose[/]" if line.get("rose") else ""
     train = _figure(line.get("train_loss"), "loss")
@@ -141,12 +153,20 @@ def _row(line: Mapping[str, Any]) -> list[str]:
         str(line["round"] or "start"),
         clients + (f", [yellow]{skipped} steps skipped[/]" if skipped else ""),
         train,
-        _figure(loss.get("weighted"), "loss") + rose,
+        _figure(loss.get("weighted", loss.get("global")), "loss") + rose,
+        *(_figure(_overall(line, name), name) for name in measured),
         _figure(loss.get("worst_decile"), "loss"),
         _figure(loss.get("never_sampled"), "loss"),
         size(line["uplink_bytes"]) if "uplink_bytes" in line else "",
         f"{line['seconds'].get('round', line['seconds'].get('evaluation', 0.0)):.1f}",
     ]
+
+
+def _overall(line: Mapping[str, Any], measure: str) -> float | None:
+    """Return a measure over all clients' held-out rows, or over the global test set where they have none."""
+    summary = line.get("held_out", {}).get(measure, {})
+    found: float | None = summary.get("weighted", summary.get("global"))
+    return found
 
 
 def size(count: float) -> str:
@@ -198,6 +218,8 @@ def _mean(values: Sequence[float]) -> float | None:
 def _figure(value: float | None, measure: str) -> str:
     if value is None:
         return ""
+    if measure == "matthews":
+        return f"{value:.3f}"
     return f"{value:.4f}" if measure == "loss" else f"{value:.1%}"
 
 

@@ -53,7 +53,7 @@ class Leaving:
 
         No reason to refuse: a hub base and a copy of it in a folder have two fingerprints and the same weights.
         """
-        loaded = load_base(self.source.model, "cpu")
+        loaded = load_base(self.source.model, "cpu", task=self.source.task)
         for told in self._other_weights(loaded).values():
             say(f"{loaded.name}: its weights are {told}; measure what you export, or name the run's base")
         return loaded
@@ -110,7 +110,7 @@ def export(
     leaving = take(source, _which(source, best, client))
     if to == "peft":
         with fresh_folder(out) as fresh:
-            export_one(leaving, fresh, config_only(source.model, "cpu").model)
+            export_one(leaving, fresh, config_only(source.model, "cpu", source.task).model)
     elif to == "merged":
         loaded = leaving.base(say)
         export_merged(loaded, leaving.adapter, out, numbers, leaving.card, leaving.about(loaded))
@@ -181,7 +181,7 @@ def write_cards(run: "RunFolder") -> None:
             files[run.path / "model_card.md"] = source.place(name).name
         with writing(run.path):
             for file, here in files.items():
-                replace_file(file, card.text(kind, loading(card.base, kind, here), about).encode())
+                replace_file(file, card.text(kind, loading(card, kind, here), about).encode())
 
 
 def save_adapter(parts: "Parts", adapter: Adapter, folder: str | os.PathLike[str], rounds: int) -> None:
@@ -189,7 +189,7 @@ def save_adapter(parts: "Parts", adapter: Adapter, folder: str | os.PathLike[str
 
     Its README.md says what is known by then; `write_cards` says the rest when the run has ended.
     """
-    card = card_of(parts.experiment, rounds)
+    card = card_of(parts.experiment, rounds, parts.task)
     if adapter.pairs:
         export_peft(adapter, folder, parts.base.model, card)
         return
@@ -226,9 +226,11 @@ def export_peft(
         fan_in_fan_out=conv1d,
         revision=card.revision,
         dropout=card.dropout,
+        task_type=card.task.peft_type,
+        whole=list(card.task.whole(model)) if adapter.extra else None,
     )
     with writing(Path(folder)):
-        text = card.text("adapter", loading(card.base, "adapter"), about or {"adapter hash": adapter.hash()})
+        text = card.text("adapter", loading(card, "adapter"), about or {"adapter hash": adapter.hash()})
         Path(folder, "README.md").write_text(text, encoding="utf-8")
 
 
@@ -258,7 +260,7 @@ def export_merged(
         _edit_json(fresh / "config.json", own | untied)
         card = card or Card(base.name, Path(folder).name)
         about = about or {"adapter hash": adapter.hash()}
-        text = card.text("merged model", loading(card.base, "merged model"), about)
+        text = card.text("merged model", loading(card, "merged model"), about)
         (fresh / "README.md").write_text(text, encoding="utf-8")
 
 

@@ -23,6 +23,7 @@ def data_facts(parts: Parts) -> dict[str, Any]:
         "fingerprint": data.fingerprint,
         "base": parts.base.fingerprint,
         "records": len(data.records),
+        "labels": list(data.labels),
         "holdout": len(data.holdout),
         "dropped": dict(data.dropped),
         "notes": list(data.notes),

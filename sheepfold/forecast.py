@@ -5,27 +5,31 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from sheepfold import planning
 from sheepfold.adapter import Adapter, kind, nbytes
 from sheepfold.assembly import (
+    Foundation,
     check,
-    check_length,
     clients_ranks,
     first_adapter,
-    load_data,
+    foundation,
     make_setting,
     read_start,
+    sites_of,
+    whole_names,
 )
 from sheepfold.config import Experiment
 from sheepfold.local.steps import steps_in_round
-from sheepfold.models import Outline, config_only, load_tokenizer, pick_device
+from sheepfold.models import Outline, pick_device
 from sheepfold.personal import check_patterns
 from sheepfold.ranks import adapter_numbers
 from sheepfold.sampler import sampler
 from sheepfold.state import BatchPlan, ServerState
 from sheepfold.strategies.base import Strategy
-from sheepfold.targets import find_targets, linear_shape
+from sheepfold.targets import linear_shape
+from sheepfold.tasks.base import Task
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +66,8 @@ class Forecast:
 def forecast(experiment: Experiment) -> Forecast:
     """Return what a run of this experiment would do. Raises what the run itself would raise for its settings."""
     made, _ = check(experiment)
-    outline = config_only(experiment.model, experiment.device)
-    check_length(experiment, outline.max_positions)
-    data = load_data(experiment, load_tokenizer(experiment.model))
+    known = foundation(experiment)
+    outline, data, asked = known.outline, known.data, known.task
     chosen = sampler(experiment.federation, list(data.clients), experiment.seed)
     sizes = np.array([len(c.train) for c in data.clients.values()])
     lengths = data.tokens.lengths()
@@ -75,10 +78,10 @@ def forecast(experiment: Experiment) -> Forecast:
     ranks = clients_ranks(experiment, outline, list(data.clients))
     start = read_start(experiment, outline.model)
     setting = make_setting(experiment, list(data.clients), ranks, {}, start, made)
-    numbers, modules = _adapter_size(experiment, outline, setting.widest)
+    numbers, modules = _adapter_size(experiment, outline, setting.widest, asked)
     device = pick_device(experiment.device)
     plan = planning.batch_plan(experiment.train, numbers, chosen.size, device)
-    down, up = _traffic(experiment, made, outline, ServerState(0, Adapter(), plan, setting=setting), numbers)
+    down, up = _traffic(experiment, made, known, ServerState(0, Adapter(), plan, setting=setting), numbers)
     return Forecast(
         clients=len(sizes),
         cohort=chosen.size,
@@ -108,18 +111,21 @@ def _rows_seen(experiment: Experiment, sizes: np.ndarray, steps: np.ndarray) -> 
 
 
 def _traffic(
-    experiment: Experiment, made: Strategy, outline: Outline, state: ServerState, numbers: int
+    experiment: Experiment, made: Strategy, known: Foundation, state: ServerState, numbers: int
 ) -> tuple[float | None, float | None]:
     """Return the bytes of a client's assignment and update in round 1, the mean over clients; None: not foreseen."""
+    outline = known.outline
     if experiment.adapter.method != "lora":
         size = numbers * (outline.dtype.itemsize if experiment.adapter.method == "full" else 4)
         return float(size), float(size)
     if made.beyond_peft:
         return None, None  # its first rounds are made from the base's weights, which are not loaded here
-    sites = find_targets(outline.model, experiment.adapter.targets)
+    sites = sites_of(experiment, outline.model, known.task)
     start = read_start(experiment, outline.model)
-    check_patterns(experiment, sites)
-    state = made.begin(replace(state, adapter=first_adapter(experiment, sites, start, state.setting)))
+    names = whole_names(outline.model, known.task)
+    check_patterns(experiment, [*sites, *names])
+    whole = {name: torch.zeros(outline.model.get_parameter(name).shape) for name in names}
+    state = made.begin(replace(state, adapter=first_adapter(experiment, sites, start, state.setting, whole)))
     # a mean gradient travels beside what trained (scaffold's change of variates)
     copies = 2 if made.local is not None and made.local.mean_gradient else 1
     cache = dict[int, tuple[int, int]]()
@@ -139,20 +145,23 @@ def _traffic(
     return float(down), float(up_)
 
 
-def _adapter_size(experiment: Experiment, outline: Outline, widest: Mapping[str, int]) -> tuple[int, int]:
+def _adapter_size(experiment: Experiment, outline: Outline, widest: Mapping[str, int], asked: Task) -> tuple[int, int]:
     """Return how many numbers the global adapter has, and how many modules are adapted."""
     model: Any = outline.model
     start = read_start(experiment, model)
     if start is not None:
-        return sum(t.numel() for t in start.tensors().values()), len(start.pairs)
+        return sum(t.numel() for t in start.tensors().values()), len(start.pairs) + len(asked.whole(model))
     if experiment.adapter.method == "lora":
-        sites = find_targets(model, experiment.adapter.targets)
-        return adapter_numbers({path: linear_shape(layer) for path, layer in sites.items()}, widest), len(sites)
+        sites, whole = sites_of(experiment, model, asked), asked.whole(model)
+        numbers = adapter_numbers({path: linear_shape(layer) for path, layer in sites.items()}, widest)
+        numbers += sum(model.get_parameter(name).numel() for name in whole_names(model, asked))
+        return numbers, len(sites) + len(whole)
     if experiment.adapter.method == "full":
         return outline.parameters, len(list(model.parameters()))
     from sheepfold.engines.carriers import carrier
 
-    trained = [p for p in carrier(model, [], experiment.adapter, experiment.seed).model.parameters() if p.requires_grad]
+    carried = carrier(model, [], experiment.adapter, experiment.seed, task=asked)
+    trained = [p for p in carried.model.parameters() if p.requires_grad]
     return sum(p.numel() for p in trained), len(trained)
 
 

@@ -1,7 +1,7 @@
 """Was joining worth it? Base, each client alone, all rows in one place, and the federation, on the same rows."""
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -12,9 +12,10 @@ from sheepfold.adapter import Adapter, combined
 from sheepfold.assembly import AnyEngine, Parts
 from sheepfold.config import TrainSettings
 from sheepfold.engines.common import DITTO, OWN, Work, with_own
+from sheepfold.evaluation.labels import MEASURES
 from sheepfold.local.store import ClientStore
 from sheepfold.messages import Assignment, Update
-from sheepfold.metrics import Mean
+from sheepfold.metrics import Mean, Score
 from sheepfold.rng import stream
 from sheepfold.state import ServerState
 
@@ -30,7 +31,7 @@ class Closing:
     clients: Sequence[str]
     shared_rows: int
     metrics: Sequence[str] = field(default_factory=tuple)
-    """Generative measures, higher is better; 'loss' is always there, lower is better."""
+    """Generative measures, and a task's such as accuracy, higher is better; 'loss' is always there, lower is better."""
 
     @property
     def joined(self) -> str:
@@ -129,16 +130,16 @@ def going_home(parts: Parts, state: ServerState, tuned: ClientStore | None, clie
     return personal(parts, state, client, DITTO if parts.experiment.personal.ditto else OWN, tuned)
 
 
-def held_out_each(parts: Parts, state: ServerState, asked: Sequence[tuple[str, np.ndarray]]) -> list[Mean]:
-    """Return each client's held-out loss with what it kept during the run; a pass's number of adapters at a time."""
-    means: list[Mean] = []
+def held_out_each(parts: Parts, state: ServerState, asked: Sequence[tuple[str, np.ndarray]]) -> list[Score]:
+    """Return each client's held-out score with what it kept during the run; a pass's number of adapters at a time."""
+    scores: list[Score] = []
     size = max(8, parts.engine.plan.clients_per_pass)
     for first in range(0, len(asked), size):
         part = asked[first : first + size]
         adapters = [personal(parts, state, client) for client, _ in part]
         work = [(i, rows) for i, (_, rows) in enumerate(part)]
-        means += parts.engine.held_out(adapters, work, parts.experiment.evaluation.batch_rows)
-    return means
+        scores += parts.engine.scores(adapters, work, parts.experiment.evaluation.batch_rows)
+    return scores
 
 
 def _plain(
@@ -182,7 +183,7 @@ def compare(
     measures: Sequence[str],
     tuned: ClientStore | None = None,
 ) -> Closing:
-    """Score everybody on each client's own rows and on everybody's; measures are 'loss' and the run's metrics."""
+    """Score everybody on each client's own rows and on everybody's; measures: 'loss', the task's, the run's metrics."""
     base = parts.initial if parts.engine.bare is None else parts.engine.bare
     made: dict[str, Callable[[], Adapter]] = {"base": lambda: base, "federated": state.whole}
     if central is not None:
@@ -204,38 +205,60 @@ def compare(
     asked += [("shared", subject, shared) for subject in everywhere] if len(shared) else []
     work = [(number[subject], rows) for _, subject, rows in asked]
     scores: dict[str, dict[str, dict[str, float]]] = {}
-    for measure in measures:
-        for (rows_of, subject, _), mean in zip(asked, score(parts, list(made.values()), work, measure), strict=True):
+    for measure, values in figures(parts, list(made.values()), work, measures).items():
+        for (rows_of, subject, _), value in zip(asked, values, strict=True):
             label = subject.partition(":")[0] if rows_of != "shared" else subject
-            scores.setdefault(measure, {}).setdefault(rows_of, {})[label] = mean.value
+            scores.setdefault(measure, {}).setdefault(rows_of, {})[label] = value
     return Closing(scores, list(own), len(shared), [m for m in measures if m != "loss"])
 
 
-def score(parts: Parts, adapters: Sequence[Callable[[], Adapter]], work: Work, measure: str) -> list[Mean]:
-    """Return the measure of adapters[a]() on the given rows, for each (a, row numbers) of the work.
+def figures(
+    parts: Parts, adapters: Sequence[Callable[[], Adapter]], work: Work, measures: Sequence[str]
+) -> dict[str, list[float]]:
+    """Return each measure of adapters[a]() on the given rows, for each (a, row numbers) of the work."""
+    held = held_out(parts, adapters, work)
+    found = {"loss": [score.loss.value for score in held]}
+    for measure in parts.task.measures:
+        found[measure] = [MEASURES[measure](score.confusion) for score in held if score.confusion is not None]
+    for measure in parts.metrics:
+        found[measure] = [mean.value for mean in score(parts, adapters, work, measure)]
+    return {measure: found[measure] for measure in measures}
 
-    They are made when their turn comes, so that only a few are in memory.
-    """
-    means = [Mean()] * len(work)
-    size = max(8, parts.engine.plan.clients_per_pass)
-    for first in range(0, len(adapters), size):  # as many adapters on the device as a pass has, or a few
-        mine = [i for i, (a, _) in enumerate(work) if first <= a < first + size]
-        part = [(work[i][0] - first, work[i][1]) for i in mine]
-        held = [make() for make in adapters[first : first + size]]
-        for i, mean in zip(mine, _score(parts, held, part, measure), strict=True):
-            means[i] = mean
+
+def score(parts: Parts, adapters: Sequence[Callable[[], Adapter]], work: Work, measure: str) -> list[Mean]:
+    """Return the loss, or a metric of generated answers, of adapters[a]() for each (a, row numbers) of the work."""
+    if measure == "loss":
+        return [score.loss for score in held_out(parts, adapters, work)]
+    means, metric, records = [Mean()] * len(work), parts.metrics[measure], parts.data.records
+    for mine, made, part in _a_few(parts, adapters, work):
+        for i, (_, numbers), texts in zip(mine, part, answer(parts, made, part), strict=True):
+            total = sum(metric(records[int(n)], text) for n, text in zip(numbers, texts, strict=True))
+            means[i] = Mean(total, len(numbers))
     return means
 
 
-def _score(parts: Parts, adapters: Sequence[Adapter], work: Work, measure: str) -> list[Mean]:
-    if measure == "loss":
-        return parts.engine.held_out(adapters, work, parts.experiment.evaluation.batch_rows)
-    metric, records = parts.metrics[measure], parts.data.records
-    answers = answer(parts, adapters, work)
-    return [
-        Mean(sum(metric(records[int(n)], text) for n, text in zip(numbers, texts, strict=True)), len(numbers))
-        for (_, numbers), texts in zip(work, answers, strict=True)
-    ]
+def held_out(parts: Parts, adapters: Sequence[Callable[[], Adapter]], work: Work) -> list[Score]:
+    """Return what adapters[a]() come to without generating, for each (a, row numbers) of the work."""
+    scores = [Score()] * len(work)
+    for mine, made, part in _a_few(parts, adapters, work):
+        found = parts.engine.scores(made, part, parts.experiment.evaluation.batch_rows)
+        for i, one in zip(mine, found, strict=True):
+            scores[i] = one
+    return scores
+
+
+def _a_few(
+    parts: Parts, adapters: Sequence[Callable[[], Adapter]], work: Work
+) -> Iterator[tuple[list[int], list[Adapter], Work]]:
+    """Yield the work in parts of a few adapters: (its places in the work, the adapters, the part).
+
+    They are made when their turn comes, as many on the device as a pass has, or a few.
+    """
+    size = max(8, parts.engine.plan.clients_per_pass)
+    for first in range(0, len(adapters), size):
+        mine = [i for i, (a, _) in enumerate(work) if first <= a < first + size]
+        part = [(work[i][0] - first, work[i][1]) for i in mine]
+        yield mine, [make() for make in adapters[first : first + size]], part
 
 
 def answer(parts: Parts, adapters: Sequence[Adapter], work: Work) -> list[list[str]]:

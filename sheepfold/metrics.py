@@ -7,6 +7,8 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
+
 
 @dataclass(frozen=True, slots=True)
 class Mean:
@@ -22,6 +24,15 @@ class Mean:
     def value(self) -> float:
         """total / count; nan where nothing was counted."""
         return self.total / self.count if self.count else math.nan
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """What some rows came to."""
+
+    loss: Mean = Mean()
+    confusion: np.ndarray | None = None
+    """(labels, labels) int64, where targets are labels: how often each was given for each"""
 
 
 def merge(means: Iterable[Mean]) -> Mean:

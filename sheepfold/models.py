@@ -1,4 +1,4 @@
-"""Bases: a frozen causal LM and its tokenizer, from the hub, a folder, or the one that ships.
+"""Bases: a frozen model of a task and its tokenizer, from the hub, a folder, or the one that ships.
 
     settings ── find ── config ── checks ── weights (frozen, silent, on the device) + tokenizer ──▶ Base
 
@@ -24,6 +24,8 @@ from sheepfold import quantised
 from sheepfold.config import ModelSettings
 from sheepfold.errors import ConfigError, ModelError
 from sheepfold.loading import first_line, one_line, quiet
+from sheepfold.tasks.base import Task
+from sheepfold.tasks.causal_lm import CAUSAL_LM
 from sheepfold.tokenizers import read_tokenizer
 
 BUILTIN = Path(__file__).parent / "assets" / "tiny"
@@ -36,7 +38,8 @@ class Base:
     model: nn.Module
     """In eval mode, no parameter requires a gradient, no dropout of its own."""
     tokenizer: Any
-    """Has an EOS and a pad token; pad may be EOS, since masks come from lengths, never from the pad id."""
+    """Has a pad token and, where answers must end, an EOS; pad may be EOS, since masks come from lengths, never from
+    the pad id."""
     name: str
     """What the experiment file calls it."""
     fingerprint: str
@@ -66,16 +69,27 @@ class Outline:
     """Longest sequence that the model takes; None where positions are unlimited."""
 
 
-def load_base(settings: ModelSettings, device: str = "auto", tokenizer: Any = None, bits: int | None = None) -> Base:
+def load_base(
+    settings: ModelSettings,
+    device: str = "auto",
+    tokenizer: Any = None,
+    bits: int | None = None,
+    task: Task = CAUSAL_LM,
+) -> Base:
     """Return the base that the settings name, frozen and silent, on the device; `tokenizer`: one already loaded.
 
-    bits: 8 or 4 quantise the linear layers with bitsandbytes (LLM.int8(), arXiv:2208.07339; NF4, arXiv:2305.14314).
+    task says which class of transformers loads it, and what becomes of tensors that its weights lack. bits: 8 or 4
+    quantise the linear layers with bitsandbytes (LLM.int8(), arXiv:2208.07339; NF4, arXiv:2305.14314).
     Raises ModelError (one line: what, where, what next) for whatever cannot be loaded whole.
     """
     where, place = _find(settings.base), pick_device(device)
-    config, dtype = _config(where, settings), pick_dtype(settings.dtype, place)
-    tokenizer = tokenizer or _tokenizer(where, settings, config)
-    model = _weights(where, settings, dtype, quantised.options(bits, place, dtype) if bits is not None else {})
+    config, dtype = _config(where, settings, task), pick_dtype(settings.dtype, place)
+    tokenizer = tokenizer or _tokenizer(where, settings, config, task)
+    fingerprint = _fingerprint(where, config)  # of the base as published: a task may write its labels into `config`
+    more = task.loading(config, settings.base)
+    if bits is not None:
+        more |= quantised.options(bits, place, dtype)
+    model = _weights(where, settings, dtype, more, task)
     if bits is not None:
         quantised.check(model, bits, place, settings.base)
     _check_vocabulary(tokenizer, model, settings.base)
@@ -83,25 +97,25 @@ def load_base(settings: ModelSettings, device: str = "auto", tokenizer: Any = No
     model.requires_grad_(False).eval()
     if bits is None:
         model.to(place)  # quantised weights were put there as they were read
-    return Base(model, tokenizer, settings.base, _fingerprint(where, config), place, dtype, published)
+    return Base(model, tokenizer, settings.base, fingerprint, place, dtype, published)
 
 
-def config_only(settings: ModelSettings, device: str = "auto") -> Outline:
+def config_only(settings: ModelSettings, device: str = "auto", task: Task = CAUSAL_LM) -> Outline:
     """Return the base's shapes from its configuration alone: no weights are read or allocated."""
-    from transformers import AutoModelForCausalLM
-
-    config = _config(_find(settings.base), settings)
+    config = _config(_find(settings.base), settings, task)
+    task.loading(config, settings.base)
     with quiet(), one_line(settings.base), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, **_attention(settings))
+        model = _auto(task).from_config(config, **_attention(settings))
     parameters = sum(p.numel() for p in model.parameters())
     dtype = pick_dtype(settings.dtype, pick_device(device))
-    return Outline(model, settings.base, parameters, dtype, max_positions(config))
+    positions = max_positions(config)
+    return Outline(model, settings.base, parameters, dtype, positions and positions - _first_position(model))
 
 
-def load_tokenizer(settings: ModelSettings) -> Any:
+def load_tokenizer(settings: ModelSettings, task: Task = CAUSAL_LM) -> Any:
     """Return the base's tokenizer alone, as `load_base` would: for preparing data without a model."""
     where = _find(settings.base)
-    return _tokenizer(where, settings, _config(where, settings))
+    return _tokenizer(where, settings, _config(where, settings, task), task)
 
 
 def silence_dropout(model: nn.Module) -> dict[str, float]:
@@ -137,6 +151,12 @@ def max_positions(config: Any) -> int | None:
     """Return the longest sequence that a model of this configuration takes, in tokens; None: not limited."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return getattr(text, "max_position_embeddings", None)
+
+
+def _first_position(model: nn.Module) -> int:
+    """Return the number of a row's first position: RoBERTa counts from behind its padding id."""
+    found = (m for n, m in model.named_modules() if n.endswith("position_embeddings") and isinstance(m, nn.Embedding))
+    return next((m.padding_idx + 1 for m in found if m.padding_idx is not None), 0)
 
 
 def pick_device(name: str) -> torch.device:
@@ -185,46 +205,35 @@ def _find(base: str) -> str:
     return base
 
 
-def _tokenizer(where: str, settings: ModelSettings, config: Any) -> Any:
+def _tokenizer(where: str, settings: ModelSettings, config: Any, task: Task) -> Any:
     own = settings.tokenizer and os.path.expanduser(settings.tokenizer)
-    return read_tokenizer(own or where, settings.base, None if own else settings.revision, config)
+    revision = None if own else settings.revision
+    return read_tokenizer(own or where, settings.base, revision, config, needs_eos=task.needs_eos)
 
 
-def _config(where: str, settings: ModelSettings) -> Any:
+def _auto(task: Task) -> Any:
+    import transformers
+
+    return getattr(transformers, task.auto_class)
+
+
+def _config(where: str, settings: ModelSettings, task: Task) -> Any:
     from transformers import AutoConfig
 
     with quiet(), one_line(settings.base):
         config = AutoConfig.from_pretrained(where, revision=settings.revision, trust_remote_code=False)
-    _check_causal(config, settings.base)
+    task.check_config(config, settings.base)
     return config
 
 
-def _check_causal(config: Any, base: str) -> None:
-    """Raise ModelError unless the configuration is a decoder-only language model's."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    heads = ("forcausallm", "lmheadmodel", "forconditionalgeneration")
-    built = [a for a in config.architectures or [] if a.lower().endswith(heads)]
-    encoder = getattr(config, "is_encoder_decoder", False) or getattr(config, "is_decoder", True) is False
-    if encoder or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or (config.architectures and not built):
-        kind = ", ".join(config.architectures or [config.model_type])
-        raise ModelError(f"model.base {base!r}: {kind} is not a causal language model; choose one (...ForCausalLM)")
-
-
-def _weights(where: str, settings: ModelSettings, dtype: torch.dtype, more: Mapping[str, Any]) -> Any:
-    """Return the model with all its weights; a missing tensor is an error, never a random one."""
-    from transformers import AutoModelForCausalLM
-
+def _weights(where: str, settings: ModelSettings, dtype: torch.dtype, more: Mapping[str, Any], task: Task) -> Any:
+    """Return the model with all its weights; what they lack is the task's to see to, or to refuse."""
     options = {"revision": settings.revision, "dtype": dtype, **_attention(settings), **more}
-    with quiet(), one_line(settings.base):
-        model, report = AutoModelForCausalLM.from_pretrained(
+    with quiet(), one_line(settings.base), torch.random.fork_rng(devices=[]):  # a new head is drawn before we draw it
+        model, report = _auto(task).from_pretrained(
             where, trust_remote_code=False, weights_only=True, output_loading_info=True, **options
         )
-    if missing := sorted(report["missing_keys"]):
-        raise ModelError(
-            f"model.base {settings.base!r}: the weights lack {len(missing)} tensors, such as {missing[0]}; "
-            "download or copy the base again"
-        )
+    task.complete(model, report, settings.base)
     return model
 
 

@@ -28,7 +28,7 @@ VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 def export_adapters(source: Source, out: str | os.PathLike[str]) -> Path:
     """Write every adapter of a source as a PEFT folder of its own, with an index and a README; return the folder."""
-    model = config_only(source.model, "cpu").model
+    model = config_only(source.model, "cpu", source.task).model
     names = [name for name in source.names if name != BASE]
     folders = folder_names(names)
     cards = cards_for(source, names)

@@ -57,15 +57,21 @@ def write_peft(
     fan_in_fan_out: bool = False,
     revision: str | None = None,
     dropout: float = 0.0,
+    task_type: str = "CAUSAL_LM",
+    whole: Sequence[str] | None = None,
 ) -> None:
     """Write the adapter as a PEFT folder; files that are there are replaced, each in one move, weights first.
 
     `targets` is what PEFT will match modules with (default: the full paths, which match nothing else);
     `fan_in_fan_out` is PEFT's word for a base of Conv1D layers (GPT-2). Tensors in `extra` are written under
-    modules_to_save, so their names must be parameter paths. Raises AdapterMismatch for an adapter without
+    modules_to_save, so their names must be parameter paths; `whole` are the modules that hold them (default: each
+    tensor's own layer). Raises AdapterMismatch for an adapter without
     pairs, and CheckpointError where the folder cannot be written.
     """
     config = _config(adapter, base_name, targets)
+    config["task_type"] = task_type
+    if whole:
+        config["modules_to_save"] = list(whole)
     config |= {"fan_in_fan_out": fan_in_fan_out, "revision": revision, "lora_dropout": dropout}
     folder = Path(folder)
     try:
@@ -89,7 +95,15 @@ def read_peft(path: str | os.PathLike[str], config: str | os.PathLike[str] | Non
 
 
 def check_fits(adapter: Adapter, model: nn.Module) -> None:
-    """Raise AdapterMismatch unless every pair has its linear module in the model, with the right shapes."""
+    """Raise AdapterMismatch unless every pair, and every whole tensor, has its place in the model, and its shape."""
+    parameters = dict(model.named_parameters())
+    for name, tensor in adapter.extra.items():
+        if name not in parameters or parameters[name].shape != tensor.shape:
+            there = f"of shape {tuple(parameters[name].shape)}" if name in parameters else "not there"
+            raise AdapterMismatch(
+                f"{name}: whole in the adapter, with shape {tuple(tensor.shape)}; in the base it is {there}; use the "
+                "adapter's own base and task"
+            )
     modules = dict(model.named_modules())
     for path, pair in adapter.pairs.items():
         if path not in modules or not is_linear(modules[path]):

@@ -188,7 +188,7 @@ def _rounds(
 
 
 def evaluate(parts: Parts, state: ServerState) -> HeldOut:
-    """Return the held-out loss of what was learned on every client's rows, and on the global test set.
+    """Return the held-out loss, and a task's other measures, on every client's rows and on the global test set.
 
     Where clients keep a part of the adapter, each is judged with its own; one that never took part has none.
     """
@@ -198,11 +198,11 @@ def evaluate(parts: Parts, state: ServerState) -> HeldOut:
     mine = set(parts.engine.store.clients(own)) if parts.keeps else set()
     work = [(0, rows) for client, rows in asked if client not in mine]
     rows_at_once = parts.experiment.evaluation.batch_rows
-    shared = iter(parts.engine.held_out([state.whole()], work, rows_at_once) if work else [])
+    shared = iter(parts.engine.scores([state.whole()], work, rows_at_once) if work else [])
     each = iter(joining.held_out_each(parts, state, [(c, rows) for c, rows in asked if c in mine]))
-    means = [next(each) if client in mine else next(shared) for client, _ in asked]
+    scores = [next(each) if client in mine else next(shared) for client, _ in asked]
     unseen = frozenset(own) - state.drawn.keys()
-    return held_out(list(own), means, unseen, has_global=has_global)
+    return held_out(list(own), scores, unseen, has_global=has_global, measures=parts.task.measures)
 
 
 def _check_same_data(folder: RunFolder, now: Mapping[str, Any]) -> None:
@@ -251,7 +251,7 @@ def _closing(
         for client in dict.fromkeys(c for store in stores for c in store.clients(parts.data.clients)):
             own = joining.going_home(parts, state, tuned, client)
             save_adapter(parts, own, folder.personal / folder_name(client), rounds=state.round)
-    elif not asked and not parts.metrics:
+    elif not asked and not parts.experiment.evaluation.metrics:
         return None
     local: dict[str, Adapter] = {}
     if "local" in asked:
@@ -262,7 +262,8 @@ def _closing(
         listener("stage", {"text": "training on all rows in one place"})
         central = joining.train_centrally(parts, state, lr)
     listener("stage", {"text": "comparing on held-out rows"})
-    closing = joining.compare(parts, state, local, central, ["loss", *parts.metrics], tuned)
+    measures = ["loss", *parts.task.measures, *parts.metrics]
+    closing = joining.compare(parts, state, local, central, measures, tuned)
     folder.write_json("closing.json", closing.as_dict())
     listener("closing", {"closing": closing})
     return closing

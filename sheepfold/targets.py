@@ -8,7 +8,7 @@ import ast
 import functools
 import importlib.util
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,17 +18,28 @@ from sheepfold.adapter import Adapter, new_pair
 from sheepfold.errors import ConfigError, ModelError, suggest
 from sheepfold.rng import torch_stream
 
+FAMILIES: dict[str, list[str] | str] = {
+    "distilbert": ["q_lin", "v_lin"],  # FedKD-LoRA's students
+    "albert": ["query", "value"],
+    "mpnet": ["q", "v"],
+    "modernbert": ["Wqkv"],
+}
+"""Encoders that PEFT's table does not have: queries and values, as it has for BERT."""
 TABLE = "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING"
 
 
-def find_targets(model: nn.Module, targets: str | tuple[str, ...] = "auto") -> dict[str, nn.Module]:
+def find_targets(
+    model: nn.Module, targets: str | tuple[str, ...] = "auto", whole: Collection[str] = ()
+) -> dict[str, nn.Module]:
     """Return the modules to adapt by path, in module order.
 
     auto: PEFT's choice for the family. all-linear: every linear layer but the output head. A tuple: modules
-    whose path is an entry, or ends in '.' + entry. Raises ModelError where a family is not in the table, and
-    where an entry matches nothing or something that is not linear; the message lists what exists.
+    whose path is an entry, or ends in '.' + entry. whole: modules that are trained whole, and so not adapted. Raises
+    ModelError where a family is not in the table, and where an entry matches nothing or something that is not linear;
+    the message lists what exists.
     """
     linear = {name: module for name, module in model.named_modules() if is_linear(module)}
+    linear = {name: module for name, module in linear.items() if not any(_inside(name, part) for part in whole)}
     if targets == "all-linear":
         head = _output_head(model)
         return {name: module for name, module in linear.items() if module is not head}
@@ -40,7 +51,7 @@ def find_targets(model: nn.Module, targets: str | tuple[str, ...] = "auto") -> d
     if isinstance(targets, str):
         raise ConfigError(f"adapter.targets {targets!r}: expected auto, all-linear, or a list of module names")
     for entry in targets:
-        _check_entry(entry, model, linear)
+        _check_entry(entry, model, linear, whole)
     return {name: module for name, module in linear.items() if any(_matches(name, entry) for entry in targets)}
 
 
@@ -90,8 +101,19 @@ def _matches(path: str, entry: str) -> bool:
     return path == entry or path.endswith(f".{entry}")
 
 
-def _check_entry(entry: str, model: nn.Module, linear: Mapping[str, nn.Module]) -> None:
+def _inside(path: str, module: str) -> bool:
+    return path == module or path.startswith(f"{module}.")
+
+
+def _check_entry(entry: str, model: nn.Module, linear: Mapping[str, nn.Module], whole: Collection[str]) -> None:
     found = {name: module for name, module in model.named_modules() if name and _matches(name, entry)}
+    free = {name: module for name, module in found.items() if not any(_inside(name, part) for part in whole)}
+    if found and not free:
+        raise ModelError(
+            f"adapter.targets: {entry!r} matches {min(found)} alone, which is trained whole (adapter.modules_to_save); "
+            "leave it out"
+        )
+    found = free
     if not found:
         raise ModelError(f"adapter.targets: {entry!r} matches no module; {suggest(entry, suffixes(model))}")
     if odd := sorted(found.keys() - linear.keys()):
@@ -106,7 +128,7 @@ def _output_head(model: Any) -> nn.Module | None:
 
 
 def _family_targets(family: str) -> list[str] | str:
-    table = peft_table()
+    table = FAMILIES | peft_table()
     if family not in table:
         raise ModelError(
             f"adapter.targets auto: PEFT has no default for the family {family!r}; "

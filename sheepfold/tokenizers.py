@@ -14,8 +14,10 @@ LLAMA_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 """LLaMA's special tokens, ids 1, 2 and 0; source: arXiv:2302.13971's released tokenizer.model."""
 
 
-def read_tokenizer(where: str, base: str, revision: str | None = None, config: Any = None) -> Any:
-    """Return the tokenizer of a folder or hub id, with EOS and pad set.
+def read_tokenizer(
+    where: str, base: str, revision: str | None = None, config: Any = None, *, needs_eos: bool = True
+) -> Any:
+    """Return the tokenizer of a folder or hub id, with EOS (where it needs one) and pad set.
 
     `config` is the model's, and gives EOS where the tokenizer has none. Raises ModelError where there is no
     tokenizer, or no token that could end an answer.
@@ -27,7 +29,8 @@ def read_tokenizer(where: str, base: str, revision: str | None = None, config: A
         raise ModelError(
             f"model.base {base!r}: no usable tokenizer in {where} ({first_line(error)}); {_way_on(error)}"
         ) from None
-    _set_eos(tokenizer, config, base)
+    if needs_eos:
+        _set_eos(tokenizer, config, base)
     _set_pad(tokenizer)
     return tokenizer
 

@@ -8,6 +8,7 @@ import torch
 
 from sheepfold import simulation
 from sheepfold.config import load
+from tests import encoders
 
 RECIPES = {path.stem: path for path in sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))}
 
@@ -48,6 +49,8 @@ SMALL = {
     "fs-llm-gpt2-alpaca": {"data.path": "alpaca/train.jsonl.gz", "data.rows": 100},
     "fs-llm-gsm8k": {"data.path": "gsm8k", "data.rows": 100},
     "shepherd-dolly": {"data.path": "dolly/train.jsonl.gz", "data.rows": 400, "federation.fraction": 0.3},
+    "fedlora-cola": {"data.path": "cola", "data.rows": 100, "data.max_tokens": 32},
+    "fedlora-sst2": {"data.path": "sst2", "data.rows": 100, "data.max_tokens": 32},
 }
 """Recipe -> further options; a data.path is one of the shared folder's."""
 
@@ -61,6 +64,8 @@ CLIENTS = {
     "fs-llm-gsm8k": 3,
     "fs-llm-rosetta": 9,
     "shepherd-dolly": 10,
+    "fedlora-cola": 4,
+    "fedlora-sst2": 4,
 }
 
 
@@ -95,8 +100,20 @@ def test_an_fs_llm_recipe_trains_as_fs_llm_does(name):
         assert e.stop.patience > e.federation.rounds / e.evaluation.every  # the best is kept, and no run ends early
 
 
+@pytest.mark.parametrize("name", ["fedlora-sst2", "fedlora-cola"])
+def test_fedkd_loras_baselines_have_its_settings(name):
+    e = load(RECIPES[name])
+    assert (e.task, e.model.base, e.data.source) == ("classification", "distilbert-base-uncased", name[8:])
+    assert (e.adapter.rank, e.adapter.alpha, e.adapter.dropout, e.adapter.targets) == (8, 16, 0.1, ("q_lin", "v_lin"))
+    assert (e.train.batch_rows, e.train.epochs, e.train.lr, e.train.schedule) == (32, 1, 5e-5, "constant")
+    assert (e.data.partition.by, e.data.partition.clients, e.federation.rounds) == ("order", 4, 10)
+    assert (e.data.test_split, e.data.eval_share) == ("validation", 0)
+
+
 def run_small(name: str, tmp_path: Path, **options: object) -> simulation.Outcome:
     """Run a recipe with little data and few steps, and check what any run must leave behind."""
+    if load(RECIPES[name]).task == "classification":
+        options["model.base"] = encoders.saved(tmp_path / "base", "distilbert")
     values = ALL_SMALL | options | {"output": str(tmp_path / "runs"), "cache": str(tmp_path / "cache")}
     outcome = simulation.run(load(RECIPES[name], [f"{key}={value}" for key, value in values.items()]))
     lines = [json.loads(line) for line in (outcome.folder / "rounds.jsonl").read_text().splitlines()]

@@ -43,6 +43,8 @@ def open_source(source: Source, device: str = "auto", bits: int | None = None) -
 
     bits: 8 or 4 load the base quantised by bitsandbytes. Raises ModelError, AdapterMismatch or ConfigError.
     """
+    if source.task.labels:
+        raise ConfigError(f"{source.name}: a run of task classification gives labels, and has no answers to write")
     base = load_base(source.model, device, bits=bits)
     return Answering(source, base, carrier(source, base, bits), bits)
 

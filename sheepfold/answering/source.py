@@ -10,7 +10,7 @@ import os
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sheepfold import peft_io
 from sheepfold import state as states
@@ -18,6 +18,9 @@ from sheepfold.config import DataSettings, ModelSettings
 from sheepfold.errors import CheckpointError, ConfigError, ModelError, suggest
 from sheepfold.journal import RunFolder
 from sheepfold.local.store import folder_name
+from sheepfold.tasks import task
+from sheepfold.tasks.base import Task
+from sheepfold.tasks.causal_lm import CAUSAL_LM
 
 if TYPE_CHECKING:
     from sheepfold.adapter import Adapter
@@ -43,6 +46,7 @@ class Source:
     folder: Path | None = None
     """An adapter's own folder or weights file, where it is no run's."""
     adapter_config: Path | None = None
+    task: Task = CAUSAL_LM
     _read: dict[str, "Adapter"] = field(default_factory=dict, compare=False, repr=False)
 
     def check(self, name: str) -> str:
@@ -155,10 +159,15 @@ def _of_run(path: Path, base: str | None, template: str | None) -> Source:
     known = run.data()["clients"] if run.personal.is_dir() else ()
     clients = sorted(CLIENT + name for name in known if (run.personal / folder_name(name)).is_dir())
     names = (BASE, FEDERATED, *best, *clients)
-    return Source(path.resolve().name, model, data, experiment.seed, names, FEDERATED, run)
+    asked = task(experiment, tuple(run.data().get("labels", ())))
+    return Source(path.resolve().name, model, data, experiment.seed, names, FEDERATED, run, task=asked)
 
 
 def _of_adapter(path: Path, base: str | None, config: Path | None, template: str | None) -> Source:
+    if _told(path, config, "task_type") == "SEQ_CLS":
+        raise ConfigError(
+            f"{path}: a classifier's adapter (task_type SEQ_CLS) gives labels, and has no answers to write"
+        )
     if base is None:
         base = _told_base(path, config)
     data = DataSettings(template=template or "auto")
@@ -175,11 +184,15 @@ def _config_file(path: Path, config: Path | None) -> Path:
     return config or (path / peft_io.CONFIG if path.is_dir() else path.parent / peft_io.CONFIG)
 
 
-def _told_base(path: Path, config: Path | None) -> str:
+def _told(path: Path, config: Path | None, key: str) -> Any:
     try:
-        told = json.loads(_config_file(path, config).read_text(encoding="utf-8"))["base_model_name_or_path"]
+        return json.loads(_config_file(path, config).read_text(encoding="utf-8"))[key]
     except (OSError, ValueError, KeyError, TypeError):
-        told = None
+        return None
+
+
+def _told_base(path: Path, config: Path | None) -> str:
+    told = _told(path, config, "base_model_name_or_path")
     if not isinstance(told, str) or not told:
         raise ConfigError(f"{path}: its configuration names no base; say it with --base")
     return told

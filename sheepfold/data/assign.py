@@ -89,6 +89,11 @@ def _iid(rows: _Rows, settings: PartitionSettings) -> dict[str, np.ndarray]:
     return numbered(partition.iid(len(rows), settings.clients, stream(settings.seed, "partition", "iid")))
 
 
+def _order(rows: _Rows, settings: PartitionSettings) -> dict[str, np.ndarray]:
+    _enough(len(rows), settings.clients, "clients")
+    return numbered(partition.in_order(len(rows), settings.clients))
+
+
 def _shards(rows: _Rows, settings: PartitionSettings) -> dict[str, np.ndarray]:
     _enough(len(rows), settings.clients * settings.shards_per_client, "shards (clients x shards_per_client)")
     labels, rng = rows.labels(settings, "by: iid"), stream(settings.seed, "partition", "shards")
@@ -127,6 +132,7 @@ def _files(rows: _Rows, settings: PartitionSettings) -> dict[str, np.ndarray]:
 
 PARTITIONERS: dict[str, Callable[[_Rows, PartitionSettings], dict[str, np.ndarray]]] = {
     "iid": _iid,
+    "order": _order,
     "shards": _shards,
     "dirichlet": _dirichlet,
     "quantity": _quantity,

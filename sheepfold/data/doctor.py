@@ -172,6 +172,8 @@ def _example(data: FederatedData, tokenizer: Any) -> Example:
     """Return the first client's first training row, decoded run by run."""
     row = int(next(iter(data.clients.values())).train[0])
     ids, labels = data.tokens.row(row)
+    if data.labels:
+        return (str(tokenizer.decode(ids[:-1])), False), (f" {data.labels[int(ids[-1])]}", True)
     learned = (labels >= 0).numpy()
     borders = [0, *(np.flatnonzero(np.diff(learned)) + 1).tolist(), len(learned)]
     return tuple((str(tokenizer.decode(ids[start:end])), bool(learned[start])) for start, end in pairwise(borders))

@@ -30,6 +30,10 @@ SPLIT_NAMES = {
     "validation": "eval",
     "dev": "eval",
     "test": "test",
+    **dict.fromkeys(("validation_matched", "validation_mismatched", "dev_matched", "dev_mismatched"), "eval"),  # MNLI
+    "in_domain_train": "train",  # CoLA; GLUE's dev set is both of its others together
+    "in_domain_dev": "eval",
+    "out_of_domain_dev": "eval",
 }
 """What a file's or hub split's name says about its rows."""
 ALL_SPLITS = "all"
@@ -67,15 +71,16 @@ def stem(path: Path) -> str:
     return Path(path.name.removesuffix(".gz")).stem
 
 
-def read_path(path: Path, split: str = "train") -> list[Chunk]:
+def read_path(path: Path, split: str = "train", header: Sequence[str] = ()) -> list[Chunk]:
     """Return the rows of a file or folder, one chunk a file.
 
     A folder holds per-client files, or one file a split (of which `split` is taken, or all), or just files.
+    header: the columns of tables that may have no header line.
     Raises DataError for what is missing, empty or unreadable, with the file and line.
     """
     if not path.exists():
         raise DataError(f"{path}: no such file or folder; check data.source and data.path")
-    chunks = list(_folder(path, split) if path.is_dir() else _file(path, split))
+    chunks = list(_folder(path, split, header) if path.is_dir() else _file(path, split, header))
     if not any(len(chunk.rows) for chunk in chunks):
         raise DataError(f"{path}: holds no rows; expected one JSON object, or one line below the header, a row")
     return chunks
@@ -127,7 +132,7 @@ def quiet_datasets() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _file(path: Path, split: str) -> Iterator[Chunk]:
+def _file(path: Path, split: str, header: Sequence[str]) -> Iterator[Chunk]:
     if kind_of(path) is None:
         endings = ", ".join(KINDS)
         raise DataError(f"{path}: data files end in {endings}, all but parquet also with .gz; found {path.name!r}")
@@ -135,10 +140,10 @@ def _file(path: Path, split: str) -> Iterator[Chunk]:
         raise DataError(
             f"{path}: one file has only the split 'train', found data.split {split!r}; name the file you want"
         )
-    yield from _read([(path, "", "")])
+    yield from _read([(path, "", "")], header)
 
 
-def _folder(folder: Path, split: str) -> Iterator[Chunk]:
+def _folder(folder: Path, split: str, header: Sequence[str]) -> Iterator[Chunk]:
     files = sorted(p for p in folder.iterdir() if p.is_file() and kind_of(p) and not p.name.startswith("."))
     if not files:
         raise DataError(f"{folder}: no data files ({', '.join(KINDS)}); {_below(folder)}")
@@ -149,13 +154,15 @@ def _folder(folder: Path, split: str) -> Iterator[Chunk]:
     if not named and not whole:
         raise DataError(f"{folder}: no file is named after data.split {split!r}; leave data.split out to read them all")
     if not named:
-        return _read([(path, "", "") for path in files])
+        return _read([(path, "", "") for path in files], header)
     if split == ALL_SPLITS:
-        return _read([(path, "", part) for path, part in named.items()])
-    chosen = [path for path, part in named.items() if part == SPLIT_NAMES.get(split)]
+        return _read([(path, "", part) for path, part in named.items()], header)
+    exact = (split.lower(), split.lower().replace("validation", "dev"))
+    chosen = [path for path in named if stem(path).lower() in exact]
+    chosen = chosen or [path for path, part in named.items() if part == SPLIT_NAMES.get(split)]
     if not chosen:
         raise DataError(f"{folder}: no split {split!r}; {suggest(split, [stem(path) for path in named])}, {ALL_SPLITS}")
-    return _read([(path, "", "") for path in chosen])
+    return _read([(path, "", "") for path in chosen], header)
 
 
 def _below(folder: Path) -> str:
@@ -180,7 +187,7 @@ def _named_split(name: str, origin: str) -> str:
     return SPLIT_NAMES[name]
 
 
-def _read(parts: Sequence[tuple[Path, str, str]]) -> Iterator[Chunk]:
+def _read(parts: Sequence[tuple[Path, str, str]], header: Sequence[str] = ()) -> Iterator[Chunk]:
     """Yield the chunk of every (file, client, split)."""
     texts = iter(_texts([str(path) for path, _, _ in parts if kind_of(path) == "json"]))
     for path, client, split in parts:
@@ -189,7 +196,7 @@ def _read(parts: Sequence[tuple[Path, str, str]]) -> Iterator[Chunk]:
         elif kind_of(path) == "parquet":
             rows = _load("parquet", [str(path)])
         else:
-            rows = _csv_rows(path)
+            rows = _csv_rows(path, header)
         yield Chunk(rows, str(path), stem(path), client, split)
 
 
@@ -218,11 +225,17 @@ def _load(builder: str, files: Sequence[str], **options: Any) -> list[dict[str, 
     return rows
 
 
-def _csv_rows(path: Path) -> list[dict[str, str]]:
-    """Return a CSV or TSV file's rows, every cell as the text it is; TSV is unquoted (IANA tab-separated-values)."""
+def _csv_rows(path: Path, without: Sequence[str] = ()) -> list[dict[str, str]]:
+    """Return a CSV or TSV file's rows, every cell as the text it is; TSV is unquoted (IANA tab-separated-values).
+
+    without: the columns where the file has no header line, known by a first line of as many cells and none of them.
+    """
     tsv = kind_of(path) == "tsv"
     options: dict[str, Any] = {"sep": "\t", "quoting": csv.QUOTE_NONE} if tsv else {}
-    header = _header(path, tsv)
+    header = _first_cells(path, tsv)
+    if without and len(header) == len(without) and not {*header} & {*without}:
+        header, options = list(without), options | {"column_names": list(without)}
+    _check_header(path, header)
     import datasets
 
     features = datasets.Features({name: datasets.Value("string") for name in header})
@@ -230,18 +243,20 @@ def _csv_rows(path: Path) -> list[dict[str, str]]:
     return _load("csv", [str(path)], **options)
 
 
-def _header(path: Path, tsv: bool) -> list[str]:
+def _first_cells(path: Path, tsv: bool) -> list[str]:
     try:
         with _open(path) as file:
             header = next(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE) if tsv else csv.reader(file), [])
     except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(_fault(str(path)) or f"{path}: {error}") from None
-    header = [name.removeprefix("\ufeff") for name in header]
+    return [name.removeprefix("\ufeff") for name in header]
+
+
+def _check_header(path: Path, header: Sequence[str]) -> None:
     if not header:
         raise DataError(f"{path}: is empty; expected a header line with the column names")
     if twice := [name for name in header if header.count(name) > 1]:
         raise DataError(f"{path}: column {twice[0]!r} occurs twice in the header; rename one")
-    return header
 
 
 def _json_rows(text: str, origin: str) -> list[Mapping[str, Any]]:

@@ -3,6 +3,7 @@
 Each row goes to exactly one part. Which settings lead to which draw is in assign.py.
 
     iid        a shuffle, cut into equal parts
+    in_order   cut into equal parts as the rows come
     shards     rows sorted by label, cut into clients x shards_per_client shards, random shards a client
     dirichlet  each label's rows shared out by p ~ Dirichlet(alpha, ..., alpha)
     quantity   a shuffle, cut into sizes n * p, p ~ Dirichlet(alpha, ..., alpha)
@@ -27,6 +28,11 @@ Rng = np.random.Generator
 def iid(rows: int, clients: int, rng: Rng) -> list[np.ndarray]:
     """Return equal random parts; sizes differ by at most one."""
     return np.array_split(rng.permutation(rows), clients)
+
+
+def in_order(rows: int, clients: int) -> list[np.ndarray]:
+    """Return equal parts of consecutive rows; sizes differ by at most one."""
+    return np.array_split(np.arange(rows), clients)
 
 
 def shards(labels: np.ndarray, clients: int, per_client: int, rng: Rng) -> list[np.ndarray]:

@@ -6,37 +6,35 @@ Partition first, then split: a client is judged on rows of its own distribution.
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sheepfold.config import DataSettings
-from sheepfold.data import sources, templates
+from sheepfold.data import sources
 from sheepfold.data.assign import assign
 from sheepfold.data.rows import ClientRows, FederatedData, PartitionedData, TokenRows
-from sheepfold.data.tokenize import tokenize
 from sheepfold.errors import DataError
 from sheepfold.rng import stream
+
+if TYPE_CHECKING:
+    from sheepfold.tasks.base import Task
 
 SPLITS = ("train", "eval", "test")
 
 
-def prepare(data: DataSettings, tokenizer: Any, cache: Path | None) -> FederatedData:
+def prepare(data: DataSettings, tokenizer: Any, cache: Path | None, task: "Task | None" = None) -> FederatedData:
     """Return everything that a run trains and evaluates on, its tokens memory-mapped from `cache` (None: in memory).
 
-    A row with nothing left to learn after the cut is in no split; FederatedData counts it.
+    task: None for causal_lm; one with labels takes them from the data. A row with nothing left to learn after the cut
+    is in no split; FederatedData counts it.
     Raises ConfigError and DataError, one line each.
     """
+    from sheepfold.tasks import with_labels
+
     parted = partition_only(data)
-    tokenized = tokenize(
-        parted.records,
-        tokenizer,
-        templates.find(data, tokenizer),
-        max_tokens=data.max_tokens,
-        cut=data.cut,
-        train_on_inputs=data.train_on_inputs,
-        cache=cache,
-    )
+    task = with_labels(task, data, parted.records)
+    tokenized = task.tokenize(parted.records, tokenizer, data, cache)
     learnable = tokenized.rows.target_tokens() > 0
     clients, without = _with_targets(parted.clients, learnable)
     if not clients:
@@ -54,6 +52,7 @@ def prepare(data: DataSettings, tokenizer: Any, cache: Path | None) -> Federated
         without_target=without,
         notes=parted.notes + _cut_notes(tokenized.rows, learnable, data) + _gone(parted.clients, clients),
         tokens_from_cache=tokenized.from_cache,
+        labels=task.labels,
     )
 
 

@@ -138,6 +138,8 @@ class FederatedData:
     """What a user should know, one line each."""
     tokens_from_cache: bool = False
     """Whether the tokens were found, so that nothing was tokenized."""
+    labels: tuple[str, ...] = ()
+    """Where targets are labels, their names by number: a row's last token is its label's, which no model reads."""
 
     def label_rows(self, client: str, split: str) -> np.ndarray:
         """Return one client's row numbers of 'train', 'eval' or 'test'."""

@@ -18,6 +18,7 @@ from sheepfold import plugins
 from sheepfold.config import DataSettings
 from sheepfold.data import files
 from sheepfold.data.files import Chunk
+from sheepfold.data.glue import GLUE, HUB, REGRESSION, GlueTask, labelled
 from sheepfold.data.records import COLUMNS, Columns, record
 from sheepfold.data.rows import Record
 from sheepfold.errors import ConfigError, DataError, suggest
@@ -35,10 +36,16 @@ class Named:
     """Hub id, or the address of its file."""
     columns: Columns = field(default_factory=dict)
     """Where it keeps its fields, if not under the usual names."""
-    tidy: Callable[[Record], Record] = lambda record: record
-    """What its loader does to a record."""
+    tidy: Callable[[Record], Record | str] = lambda record: record
+    """What its loader does to a record; a text is the reason why it cannot be used."""
     every_split: bool = False
     """Whether train, eval and test are read together."""
+    header: tuple[str, ...] = ()
+    """The columns of its tables, where these have no header line."""
+    labels: tuple[str, ...] = ()
+    """Its labels in the order of their numbers, where it is a classification set."""
+    measures: tuple[str, ...] = ()
+    """What classifiers of it are scored by, beside accuracy."""
 
 
 def _answer_is(record: Record) -> Record:
@@ -55,6 +62,11 @@ def _plain_spaces(record: Record) -> Record:
     """As FS-LLM does: the set is strewn with no-break spaces, which break code."""
     without = {name: getattr(record, name).replace("\u00a0", "") for name in ("instruction", "output")}
     return replace(record, **without)
+
+
+def _of_glue(name: str, task: GlueTask) -> Named:
+    hub, tidy = f"{HUB}:{name}", labelled(task.labels)
+    return Named(hub, task.columns, tidy, header=task.header, labels=task.labels, measures=task.measures)
 
 
 _GSM8K: Columns = {"instruction": ("question",), "input": (), "output": ("answer",)}
@@ -92,6 +104,7 @@ NAMED: dict[str, Named] = {
         },
         every_split=True,
     ),
+    **{name: _of_glue(name, task) for name, task in GLUE.items()},
 }
 
 
@@ -125,6 +138,8 @@ def read(data: DataSettings) -> Source:
         chunks = _own(data)
     else:
         chunks = _chunks(data, named)
+    if data.test_split is not None:
+        chunks = [*chunks, *_held_out(data, named)]
     source = _records(chunks, _columns(chunks, data, named), named.tidy)
     return _limited(_subsampled(source, data), data.rows)
 
@@ -133,8 +148,14 @@ def _check(data: DataSettings) -> None:
     if wrong := [name for name in data.fields if name not in COLUMNS]:
         raise ConfigError(f"data.fields: no field {wrong[0]!r}; {suggest(wrong[0], COLUMNS)}")
     _label_column(data)
+    if data.source.lower() in REGRESSION:
+        raise ConfigError(
+            f"data.source {data.source!r}: STS-B asks for a number, not for a label, and classification has no place "
+            f"for it; {', '.join(GLUE)} have labels"
+        )
     if data.source == "corpus":
-        for name, idle in (("path", data.path), ("fields", data.fields), ("split", data.split != "train")):
+        idle_options = {"path": data.path, "fields": data.fields, "split": data.split != "train"}
+        for name, idle in (idle_options | {"test_split": data.test_split}).items():
             if idle:
                 raise ConfigError(
                     f"data.{name} has no effect with data.source 'corpus'; remove it, or name another source"
@@ -151,7 +172,7 @@ def _check(data: DataSettings) -> None:
 def _chunks(data: DataSettings, named: Named) -> list[Chunk]:
     split = files.ALL_SPLITS if named.every_split and data.split == "train" else data.split
     if data.path is not None:
-        return files.read_path(Path(data.path).expanduser(), split)
+        return files.read_path(Path(data.path).expanduser(), split, named.header)
     if named.hub.startswith("https:"):
         return files.read_url(named.hub)
     if named.hub:
@@ -165,6 +186,18 @@ def _chunks(data: DataSettings, named: Named) -> list[Chunk]:
         f"data.source: no {data.source!r}; {suggest(data.source, ['corpus', *NAMED])}; or a hub id (owner/name), "
         "a file, a folder, or module:function"
     )
+
+
+def _held_out(data: DataSettings, named: Named) -> list[Chunk]:
+    """Return the rows of data.test_split, another split of the source or a file, as the global test set's."""
+    split = str(data.test_split)
+    if files.kind_of(Path(split)):
+        chunks = files.read_path(Path(split).expanduser(), header=named.header)
+    elif split == data.split or data.split == files.ALL_SPLITS:
+        raise ConfigError(f"data.test_split {split!r}: clients hold this split (data.split); name another one")
+    else:
+        chunks = _chunks(data.model_copy(update={"split": split}), replace(named, every_split=False))
+    return [replace(chunk, split="holdout") for chunk in chunks]
 
 
 def _own(data: DataSettings) -> list[Chunk]:
@@ -228,7 +261,7 @@ def _where(chunks: Sequence[Chunk]) -> str:
     return chunks[0].origin + (f" and {len(chunks) - 1} more" if len(chunks) > 1 else "")
 
 
-def _records(chunks: Sequence[Chunk], columns: Mapping[str, str], tidy: Callable[[Record], Record]) -> Source:
+def _records(chunks: Sequence[Chunk], columns: Mapping[str, str], tidy: Callable[[Record], Record | str]) -> Source:
     records, numbers, splits, names = [], [], [], []
     dropped: Counter[str] = Counter()
     number = 0
@@ -236,7 +269,9 @@ def _records(chunks: Sequence[Chunk], columns: Mapping[str, str], tidy: Callable
         for row in chunk.rows:
             made = record(row, columns, chunk.client, f"{chunk.origin}, row {number}")
             if isinstance(made, Record):
-                records.append(tidy(made))
+                made = _tidied(made, tidy, f"{chunk.origin}, row {number}")
+            if isinstance(made, Record):
+                records.append(made)
                 numbers.append(number)
                 splits.append(chunk.split)
                 names.append(chunk.name)
@@ -249,6 +284,13 @@ def _records(chunks: Sequence[Chunk], columns: Mapping[str, str], tidy: Callable
             f"{_where(chunks)}: no usable row ({reasons}); columns in use: {_pairs(columns)}; see data.fields"
         )
     return Source(records, np.array(numbers), np.array(splits), np.array(names), dict(dropped))
+
+
+def _tidied(made: Record, tidy: Callable[[Record], Record | str], where: str) -> Record | str:
+    try:
+        return tidy(made)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
 
 
 def _pairs(columns: Mapping[str, str]) -> str:

@@ -58,7 +58,7 @@ def tokenize(
     if path is not None and (found := token_cache.load(path, train_on_inputs)) is not None:
         return Tokenized(found, True, fingerprint)
     made = [cut_row(row, max_tokens, cut, keep) for row, keep in _rows(records, tokenizer, template)]
-    rows = _joined(made, train_on_inputs)
+    rows = joined(made, train_on_inputs)
     if path is None:
         return Tokenized(rows, False, fingerprint)
     token_cache.save(path, rows)
@@ -67,7 +67,7 @@ def tokenize(
 
 def fingerprint_of(records: Sequence[Record], tokenizer: Any, template: Template, max_tokens: int, cut: str) -> str:
     """Return a digest of everything that decides about the tokens."""
-    parts = (FORMAT, template.name, template.fingerprint(records), _tokenizer_digest(tokenizer), max_tokens, cut)
+    parts = (FORMAT, template.name, template.fingerprint(records), tokenizer_digest(tokenizer), max_tokens, cut)
     return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
 
@@ -160,7 +160,8 @@ def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     return list(encoded["input_ids"])
 
 
-def _joined(rows: Sequence[tuple[Row, bool]], train_on_inputs: bool) -> TokenRows:
+def joined(rows: Sequence[tuple[Row, bool]], train_on_inputs: bool) -> TokenRows:
+    """Return rows, each with whether it was cut, end to end."""
     lengths = np.array([len(ids) for (ids, _, _), _ in rows], dtype=np.int64)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     ids, is_target = np.empty(offsets[-1], dtype=np.int32), np.empty(offsets[-1], dtype=bool)
@@ -171,7 +172,7 @@ def _joined(rows: Sequence[tuple[Row, bool]], train_on_inputs: bool) -> TokenRow
     return TokenRows(ids, is_target, offsets, prompt_tokens, was_cut, train_on_inputs)
 
 
-def _tokenizer_digest(tokenizer: Any) -> str:
+def tokenizer_digest(tokenizer: Any) -> str:
     """Return a digest of what the tokenizer does to text, whatever padding and truncation it was last used with."""
     import tokenizers
 

@@ -5,7 +5,7 @@ keeps the number of its client, and each target token its client's weight, so th
 is the token mean over all rows of the step, for each client.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -49,11 +49,19 @@ class Row:
     place: int = 0
 
 
-def batches(tokens: TokenRows, rows: Sequence[Row], *, max_rows: int, max_tokens: int) -> Iterator[Batch]:
+Collate = Callable[[TokenRows, Sequence[Row]], Batch]
+
+
+def batches(
+    tokens: TokenRows, rows: Sequence[Row], *, max_rows: int, max_tokens: int, collate: Collate | None = None
+) -> Iterator[Batch]:
     """Yield the rows in passes of at most max_rows rows and max_tokens tokens with padding, shortest rows first.
+
+    collate: how rows become one batch; None: each hidden state predicts the next token.
 
     A row longer than max_tokens gets a pass of its own. Ties keep the order given, so the cut is deterministic.
     """
+    made = collate or next_tokens
     ordered = sorted(rows, key=lambda row: tokens.length(row.number))
     start = 0
     while start < len(ordered):
@@ -62,12 +70,12 @@ def batches(tokens: TokenRows, rows: Sequence[Row], *, max_rows: int, max_tokens
             if tokens.length(ordered[end].number) * (end + 1 - start) > max_tokens:
                 break
             end += 1
-        yield collate(tokens, ordered[start:end])
+        yield made(tokens, ordered[start:end])
         start = end
 
 
-def collate(tokens: TokenRows, rows: Sequence[Row]) -> Batch:
-    """Return the rows as one right-padded batch."""
+def next_tokens(tokens: TokenRows, rows: Sequence[Row]) -> Batch:
+    """Return the rows as one right-padded batch whose targets are the next tokens."""
     pairs = [tokens.row(row.number) for row in rows]
     longest = max(len(ids) for ids, _ in pairs)
     ids = torch.zeros(len(rows), longest, dtype=torch.int64)

@@ -4,7 +4,7 @@ A carrier writes an `Adapter` into the model and reads it back, strictly: a tens
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -20,6 +20,8 @@ from sheepfold.errors import AdapterMismatch, ConfigError
 from sheepfold.loading import TROUBLE, first_line
 from sheepfold.quantised import hush
 from sheepfold.rng import derive
+from sheepfold.tasks.base import Task
+from sheepfold.tasks.causal_lm import CAUSAL_LM
 
 
 class Carrier(Protocol):
@@ -38,16 +40,22 @@ class Carrier(Protocol):
 
 
 def carrier(
-    model: Any, sites: Sequence[str], settings: AdapterSettings, seed: int, *, beyond_peft: bool = False
+    model: Any,
+    sites: Sequence[str],
+    settings: AdapterSettings,
+    seed: int,
+    *,
+    beyond_peft: bool = False,
+    task: Task = CAUSAL_LM,
 ) -> Carrier:
     """Return the carrier for adapter.method; raises ConfigError for methods that PEFT does not know."""
     if settings.method == "lora" and beyond_peft:
         return HookCarrier(model, sites, settings.dropout)
     if settings.method == "lora":
-        return LoraCarrier(model, sites, settings.dropout)
+        return LoraCarrier(model, sites, settings.dropout, [n for names in task.whole(model).values() for n in names])
     if settings.method == "full":
         return FullCarrier(model)
-    return PeftCarrier(model, settings, seed)
+    return PeftCarrier(model, settings, seed, task)
 
 
 MOST_KINDS = 8
@@ -55,10 +63,14 @@ MOST_KINDS = 8
 
 
 class LoraCarrier:
-    """LoRA through PEFT. Clients of other ranks get PEFT adapters of their own in the same model."""
+    """LoRA through PEFT. Clients of other ranks get PEFT adapters of their own in the same model.
 
-    def __init__(self, model: Any, sites: Sequence[str], dropout: float) -> None:
+    Tensors that are trained whole are the model's own, in float32 or wider.
+    """
+
+    def __init__(self, model: Any, sites: Sequence[str], dropout: float, whole: Sequence[str] = ()) -> None:
         self.model: Any = model
+        self._whole = _widened(model, whole)
         self._sites = list(sites)
         self._dropout = dropout
         self._names: dict[tuple[tuple[str, int, float], ...], str] = {}
@@ -66,7 +78,7 @@ class LoraCarrier:
         self._made = 0
 
     def write(self, adapter: Adapter) -> None:
-        _check_sites(adapter, self._sites)
+        _check_sites(adapter, self._sites, self._whole)
         if adapter.sparse or any(pair.core is not None for pair in adapter.pairs.values()):
             adapter = adapter.plain()  # to look at; training these needs HookCarrier
         self._activate(adapter)
@@ -75,19 +87,21 @@ class LoraCarrier:
                 A, B = self._factors(path)
                 A.copy_(pair.A)
                 B.copy_(pair.B)
+            for name, tensor in adapter.extra.items():
+                self._whole[name].copy_(tensor)
 
     def read(self) -> Adapter:
         pairs = {}
         for path in self._sites:
             A, B = (t.detach().cpu().clone() for t in self._factors(path))
             pairs[path] = LoraPair(A, B, float(self._module(path).scaling[self._active]))
-        return Adapter(pairs)
+        return Adapter(pairs, _copies(self._whole))
 
     def factors(self) -> dict[str, Tensor]:
         found = {}
         for path in self._sites:
             found[f"{path}/A"], found[f"{path}/B"] = self._factors(path)
-        return found
+        return found | {f"{name}/extra": tensor for name, tensor in self._whole.items()}
 
     def _module(self, path: str) -> Any:
         return self.model.base_model.model.get_submodule(path)
@@ -139,9 +153,9 @@ class LoraCarrier:
 class PeftCarrier:
     """Any other PEFT method; its trained parameters travel whole, a prompt encoder's own ones included."""
 
-    def __init__(self, model: Any, settings: AdapterSettings, seed: int) -> None:
+    def __init__(self, model: Any, settings: AdapterSettings, seed: int, task: Task = CAUSAL_LM) -> None:
         hush()
-        config = peft_config(settings, model)
+        config = peft_config(settings, model, task)
         try:
             with torch.random.fork_rng():
                 torch.manual_seed(derive(seed, "adapter"))
@@ -259,10 +273,19 @@ def _wrapped(model: Any, config: Any, name: str) -> Any:
         return get_peft_model(model, config, adapter_name=name)
 
 
-def _check_sites(adapter: Adapter, sites: Sequence[str]) -> None:
+def _widened(model: Any, names: Sequence[str]) -> dict[str, Tensor]:
+    """Return parameters of the model by name, their layers in float32 where they were narrower."""
+    for path in {name.rpartition(".")[0] for name in names}:
+        layer = model.get_submodule(path)
+        layer.to(torch.promote_types(layer.weight.dtype, torch.float32))
+        layer.register_forward_pre_hook(lambda module, args: (args[0].to(module.weight.dtype),))
+    return {name: model.get_parameter(name) for name in names}
+
+
+def _check_sites(adapter: Adapter, sites: Sequence[str], whole: Collection[str] = ()) -> None:
     adapted = {*adapter.pairs, *adapter.sparse}
-    if adapter.extra or adapted != set(sites):
-        odd = sorted(set(adapter.extra) | adapted ^ set(sites))
+    if adapter.extra.keys() != set(whole) or adapted != set(sites):
+        odd = sorted(adapter.extra.keys() ^ set(whole) | adapted ^ set(sites))
         raise AdapterMismatch(f"{odd[0]}: in one of adapter and model only; adapter.targets must match the adapter")
 
 

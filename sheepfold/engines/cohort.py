@@ -16,10 +16,9 @@ from sheepfold.data.rows import TokenRows
 from sheepfold.engines.batches import Row, batches
 from sheepfold.engines.cohort_pass import Pass
 from sheepfold.engines.common import Local, LocalEngine, Work
-from sheepfold.engines.head import Head
 from sheepfold.engines.injection import CohortModel, Selection, stacked
 from sheepfold.local.rules import LocalRule
-from sheepfold.metrics import Mean
+from sheepfold.metrics import Mean, Score
 from sheepfold.state import BatchPlan
 
 
@@ -44,33 +43,36 @@ class CohortEngine(LocalEngine):
         """
         super().__init__(tokens, train_rows, train, elementwise=True, seed=seed, plan=plan, **client)
         self.cohort = cohort
-        self.head = Head(cohort.model)
+        self.head = self.task.head(cohort.model)
         self.dropout = adapter.dropout
-        weight = self.head.output.weight
-        self.device, self.dtype, self.half = weight.device, weight.dtype, weight.dtype == torch.float16
+        first = next(cohort.model.parameters())
+        self.device, self.dtype, self.half = first.device, first.dtype, first.dtype == torch.float16
 
     def train_pass(self, clients: Sequence[Local], rule: LocalRule | None) -> None:
         """Take these clients through their round, together."""
         Pass(self, clients, rule).run()
 
     @torch.no_grad()
-    def held_out(self, adapters: Sequence[Adapter], work: Work, rows: int) -> list[Mean]:
-        """Return the loss of adapters[a] on the given rows for each (a, row numbers) of the work.
-
-        In nats per target token, weighted by tokens; `rows` go through the base at a time.
-        """
-        stack = stacked(adapters, self.device, grad=False)
+    def scores(self, adapters: Sequence[Adapter], work: Work, rows: int) -> list[Score]:
+        """Return what adapters[a] come to on the given rows, for each (a, row numbers) of the work; all together."""
+        stack = stacked(adapters, self.device, grad=False, whole=self.cohort.whole)
         flat = [Row(int(n), group) for group, (_, numbers) in enumerate(work) for n in numbers]
         adapter_of = torch.tensor([a for a, _ in work], device=self.device)
         total = torch.zeros(len(work), dtype=torch.float64)
         count = torch.zeros(len(work), dtype=torch.float64)
-        for cpu_batch in batches(self.tokens, flat, max_rows=rows, max_tokens=self.plan.micro_tokens):
+        labels = len(self.task.labels)
+        tables = np.zeros((len(work), labels, labels), dtype=np.int64)
+        limits = {"max_rows": rows, "max_tokens": self.plan.micro_tokens}
+        for cpu_batch in batches(self.tokens, flat, **limits, collate=self.task.collate):
             batch = cpu_batch.to(self.device)
             with self.cohort.using(Selection(stack, adapter_of[batch.group])):
-                losses = self.head.losses(self.head.hidden(batch.ids), batch.position, batch.target)
+                losses, given = self.head.judged(batch)
+            if given is not None:
+                np.add.at(tables, (cpu_batch.target_group, cpu_batch.target, given.cpu()), 1)
             total.index_add_(0, cpu_batch.target_group, losses.double().cpu())
             count.index_add_(0, cpu_batch.target_group, torch.ones(len(losses), dtype=torch.float64))
-        return [Mean(float(t), float(c)) for t, c in zip(total, count, strict=True)]
+        means = [Mean(float(t), float(c)) for t, c in zip(total, count, strict=True)]
+        return [Score(mean, table if labels else None) for mean, table in zip(means, tables, strict=True)]
 
     def generate(
         self, adapters: Sequence[Adapter], work: Work, settings: GenerationSettings, pad_id: int, eos: Sequence[int]
@@ -78,7 +80,7 @@ class CohortEngine(LocalEngine):
         """Return the generated ids for each row of each (adapter, row numbers) of the work, all adapters together."""
         from sheepfold.evaluation.generation import generate
 
-        stack = stacked(adapters, self.device, grad=False)
+        stack = stacked(adapters, self.device, grad=False, whole=self.cohort.whole)
         flat = [(a, int(n)) for a, numbers in work for n in numbers]
         adapter_of = torch.tensor([a for a, _ in flat], device=self.device)
 

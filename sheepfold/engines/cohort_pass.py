@@ -73,7 +73,8 @@ class Pass:
                     "have different sides; the cohort engine trains a pass alike: use train.engine peft_model"
                 )
         self.side = chains(first.side, engine.device, engine.dtype)
-        self.stack = stacked([c.start for c in clients], engine.device, grad=True, frozen=first.frozen)
+        starts, whole = [c.start for c in clients], engine.cohort.whole
+        self.stack = stacked(starts, engine.device, grad=True, frozen=first.frozen, whole=whole)
         self.anchor = self._anchor() if self.rule.penalty else None
         self.correction = self._correction() if self.rule.correction else None
         self.gradients = torch.zeros_like(self.stack.flat) if self.rule.mean_gradient else None
@@ -99,7 +100,7 @@ class Pass:
     def _anchor(self) -> Stack:
         anchors = [c.anchor for c in self.clients]
         frozen = self.clients[0].assignment.frozen
-        return stacked(anchors, self.engine.device, grad=False, frozen=frozen)
+        return stacked(anchors, self.engine.device, grad=False, frozen=frozen, whole=self.engine.cohort.whole)
 
     def _correction(self) -> Tensor:
         """Return (K, numbers): what the rule adds to every gradient."""
@@ -186,11 +187,11 @@ class Pass:
         seeds = self._dropout_seeds(step)
         plan = engine.plan
         limits = {"max_rows": plan.micro_rows * len(rows), "max_tokens": plan.micro_tokens}
-        for cpu_batch in batches(engine.tokens, flat, **limits):
+        for cpu_batch in batches(engine.tokens, flat, **limits, collate=engine.task.collate):
             batch = cpu_batch.to(engine.device)
             self.clock.lap("data")
             with engine.cohort.using(self._selection(batch, seeds)):
-                losses = engine.head.losses(engine.head.hidden(batch.ids), batch.position, batch.target)
+                losses = engine.head.of(batch)
                 weighted = losses * per_token[batch.target_group].to(losses.dtype)
                 loss.index_add_(0, batch.target_group, weighted.detach().double())
                 self.clock.lap("forward")

@@ -15,8 +15,10 @@ from sheepfold.local.rules import LocalRule, Trained, each_tensor, finished, pro
 from sheepfold.local.steps import steps_in_round
 from sheepfold.local.store import ClientStore
 from sheepfold.messages import Absence, Assignment, Measurements, Update
-from sheepfold.metrics import Mean
+from sheepfold.metrics import Mean, Score
 from sheepfold.state import BatchPlan
+from sheepfold.tasks.base import Task
+from sheepfold.tasks.causal_lm import CAUSAL_LM
 
 FIRST_LOSS_SCALE = 2.0**12
 """Where float16 loss scaling starts in each round; it halves until gradients are finite."""
@@ -44,11 +46,12 @@ class LocalEngine:
         private: Callable[[str], bool] | None = None,
         ditto: float | None = None,
         store: ClientStore | None = None,
+        task: Task = CAUSAL_LM,
     ) -> None:
         """train_rows: {client: row numbers}. Raises ConfigError for the optimizer.
 
         private says which tensors, by flat name, stay with their client; ditto is Ditto's lambda (None: no own
-        adapters); store holds what clients keep.
+        adapters); store holds what clients keep; task says what a row's targets are.
         """
         self.tokens = tokens
         self.targets = tokens.target_tokens()
@@ -60,6 +63,7 @@ class LocalEngine:
         self.private = private or (lambda name: False)
         self.ditto = ditto
         self.store = store or ClientStore()
+        self.task = task
         self.on_step: Callable[[int], None] = lambda steps: None  # told how many client steps were taken
         self.build = optimizers.build(train, elementwise=elementwise)
 
@@ -82,6 +86,17 @@ class LocalEngine:
     def train_pass(self, clients: Sequence["Local"], rule: LocalRule | None) -> None:
         """Take these clients, each with steps and most steps first, through their round; fill in what they learned."""
         raise NotImplementedError
+
+    def scores(self, adapters: Sequence[Adapter], work: Work, rows: int) -> list[Score]:
+        """Return what adapters[a] come to on the given rows, for each (a, row numbers) of the work.
+
+        The loss is in nats per target, weighted by targets; `rows` go through the base at a time.
+        """
+        raise NotImplementedError
+
+    def held_out(self, adapters: Sequence[Adapter], work: Work, rows: int) -> list[Mean]:
+        """Return the losses of `scores` alone."""
+        return [score.loss for score in self.scores(adapters, work, rows)]
 
     def local(self, assignment: Assignment) -> "Local":
         """Return a client ready to train, with what it kept; one without rows has no steps."""

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from sheepfold.engines.batches import Batch
 from sheepfold.errors import ModelError
 
 CHUNK_NUMBERS = 1 << 24
@@ -54,6 +55,14 @@ class Head:
         """Return the last hidden states, (rows, tokens, width). No mask and no cache: padding is on the right."""
         out: Tensor = self.body(input_ids=ids, use_cache=False).last_hidden_state
         return out
+
+    def of(self, batch: Batch) -> Tensor:
+        """Return the cross-entropy of each target of a batch in nats, (targets,)."""
+        return self.losses(self.hidden(batch.ids), batch.position, batch.target)
+
+    def judged(self, batch: Batch) -> tuple[Tensor, None]:
+        """Return the same losses; targets are tokens, and no labels are given."""
+        return self.of(batch), None
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits of hidden states, (n, width) -> (n, vocabulary), in float32 (float64 stays)."""

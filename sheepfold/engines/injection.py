@@ -6,6 +6,9 @@ A change is a chain of matrices that a row goes through: A and B; A, core and B;
 all clients lie stacked, A (K, r, d_in) and B (K, d_out, r). A batch holds rows of any clients in any order; `index`
 (rows,) says whose each row is, and batched matmuls do the rest (Punica's idea, arXiv:2310.18547, written for training).
 Clients of a smaller rank are padded with zeros, which get zero gradients and stay zero.
+
+Layers that are trained whole, such as a classifier's head, have a weight and a bias of each client's own instead,
+stacked in the same flat tensor.
 """
 
 import warnings
@@ -84,6 +87,10 @@ class Stack:
         chain[scaled] = chain[scaled] * self.scales[:, position].to(chain[scaled].dtype)[:, None, None]
         return chain
 
+    def whole(self, name: str) -> Tensor | None:
+        """Return a tensor that is trained whole, (K or 1, ...); None where these adapters do not have it."""
+        return self.trained.get(f"{name}/extra", self.fixed.get(f"{name}/extra"))
+
     def views(self, flat: Tensor) -> dict[str, Tensor]:
         """Return (K, numbers) as flat name -> (K, ...)."""
         parts, start = {}, 0
@@ -123,20 +130,26 @@ _KINDS = ("A", "B", "core", "values")
 
 
 def stacked(
-    adapters: Sequence[Adapter], device: str | torch.device, *, grad: bool, frozen: Collection[str] = ()
+    adapters: Sequence[Adapter],
+    device: str | torch.device,
+    *,
+    grad: bool,
+    frozen: Collection[str] = (),
+    whole: Collection[str] = (),
 ) -> Stack:
     """Return K adapters as one stack, smaller ranks padded with zeros; `frozen` kinds of tensors do not train.
 
-    Raises AdapterMismatch where they adapt different modules, or carry whole tensors, which only peft_model trains.
+    whole: the tensors that the model takes whole (see CohortModel). Raises AdapterMismatch where the adapters adapt
+    different modules, or carry other whole tensors, which only peft_model trains.
     """
     tensors = [adapter.tensors() for adapter in adapters]
     names = tensors[0].keys()
     for adapter, own in zip(adapters, tensors, strict=True):
-        if adapter.extra:
-            raise AdapterMismatch(f"{next(iter(adapter.extra))}: whole tensors are trained by train.engine peft_model")
+        if odd := sorted(adapter.extra.keys() - set(whole)):
+            raise AdapterMismatch(f"{odd[0]}: whole tensors are trained by train.engine peft_model")
         if own.keys() != names:
-            odd = sorted(own.keys() ^ names)[0].rpartition("/")[0]
-            raise AdapterMismatch(f"{odd}: adapted by some clients only; the cohort engine needs one set of modules")
+            apart = sorted(own.keys() ^ names)[0].rpartition("/")[0]
+            raise AdapterMismatch(f"{apart}: adapted by some clients only; the cohort engine needs one set of modules")
     first = next(t for t in tensors[0].values() if t.is_floating_point())
     dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
     shapes: dict[str, Shape] = {}
@@ -268,11 +281,49 @@ class Site(nn.Module):
             x = dropout(x, selection.dropout, selection.keys, self.order)
         index = selection.index
         through = _through if len(chain) > 1 else _one_by_one  # a weight's own change is as large as the weight
-        if len(index) != len(x) and len(selection.stack) > 1:
-            x = x.view(len(index), -1, x.shape[-1])  # families that flatten rows and tokens
+        if (x.dim() == 2 or len(index) != len(x)) and len(selection.stack) > 1:
+            x = x.view(len(index), -1, x.shape[-1])  # beams, families that flatten rows and tokens, pooled rows
         for matrices in chain:
             x = through(x, matrices.to(x.dtype), index)
         return x
+
+
+class WholeSite(nn.Module):
+    """A layer that every client has for itself: linear, or a norm, in the stack's own precision."""
+
+    def __init__(self, layer: nn.Linear | nn.LayerNorm, name: str, switch: "CohortModel") -> None:
+        super().__init__()
+        self.layer = layer
+        self.name = name
+        self._switch = [switch]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(rows, ..., d_in) -> (rows, ..., d_out)"""
+        selection = self._switch[0].selection
+        weight = None if selection is None else selection.stack.whole(f"{self.name}.weight")
+        if selection is None or weight is None:
+            y: Tensor = self.layer(x)
+            return y
+        bias, index = selection.stack.whole(f"{self.name}.bias"), selection.index
+        rows = x.to(weight.dtype).view(len(x), -1, x.shape[-1])
+        if isinstance(self.layer, nn.Linear):
+            through = _through if weight[0].numel() <= FEW_NUMBERS else _one_by_one
+            rows = through(rows, weight, index)
+        else:
+            rows = F.layer_norm(rows, self.layer.normalized_shape, eps=self.layer.eps)
+            rows = rows * _of_each(weight, index)
+        if bias is not None:
+            rows = rows + _of_each(bias, index)
+        return rows.view(*x.shape[:-1], rows.shape[-1])
+
+
+FEW_NUMBERS = 1 << 14
+"""A weight up to this size is copied for every row; larger ones are taken client after client."""
+
+
+def _of_each(vectors: Tensor, index: Tensor) -> Tensor:
+    """Return each row's own vector, (K, d) -> (rows or 1, 1, d)."""
+    return (vectors if len(vectors) == 1 else _each_row(vectors, index))[:, None]
 
 
 def _through(x: Tensor, matrices: Tensor, index: Tensor) -> Tensor:
@@ -295,21 +346,34 @@ def _one_by_one(x: Tensor, matrices: Tensor, index: Tensor) -> Tensor:
 class CohortModel:
     """A frozen base whose adapted layers can carry any number of adapters at once."""
 
-    def __init__(self, model: Any, sites: Mapping[str, nn.Module]) -> None:
-        """Put a Site in the place of every layer in `sites`; `close` puts the layers back. Raises ModelError."""
+    def __init__(self, model: Any, sites: Mapping[str, nn.Module], whole: Collection[str] = ()) -> None:
+        """Put a Site in the place of every layer in `sites`; `close` puts the layers back. Raises ModelError.
+
+        whole: the names of tensors that clients have whole; their layers are replaced too.
+        """
         if not sites:
             raise ModelError("no layer to adapt: adapter.targets matched nothing")
         head = model.get_output_embeddings()
-        if odd := [name for name, layer in sites.items() if layer is head]:
+        if odd := [name for name, layer in sites.items() if layer is head and head is not None]:
             raise ModelError(
                 f"{odd[0]}: the output head; the cohort engine computes it at targets alone and does not adapt "
                 "it: leave it out of adapter.targets, or use train.engine peft_model"
             )
         self.model = model
         self.layers = dict(sites)
+        self.whole = tuple(whole)
         self.selection: Selection | None = None
         for order, name in enumerate(sorted(sites)):
             _replace(model, name, Site(sites[name], name, order, self))
+        for name in sorted({tensor.rpartition(".")[0] for tensor in whole}):
+            layer = model.get_submodule(name)
+            if not isinstance(layer, nn.Linear | nn.LayerNorm):
+                raise ModelError(
+                    f"{name}: a {type(layer).__name__}, and the cohort engine trains linear layers and norms whole; "
+                    "use train.engine peft_model"
+                )
+            self.layers[name] = layer
+            _replace(model, name, WholeSite(layer, name, self))
 
     @contextmanager
     def using(self, selection: Selection | None) -> Iterator[None]:

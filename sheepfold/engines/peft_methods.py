@@ -6,6 +6,7 @@ that is one clear line here.
 
 import dataclasses
 import enum
+import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -15,6 +16,8 @@ from torch import Tensor
 from sheepfold.config import AdapterSettings
 from sheepfold.errors import ConfigError, ModelError, suggest
 from sheepfold.targets import find_targets, is_conv1d, is_linear
+from sheepfold.tasks.base import Task
+from sheepfold.tasks.causal_lm import CAUSAL_LM
 
 UNFIT = {
     "adalora": "it moves ranks between modules as it trains, so that clients' factors no longer mean the same; "
@@ -88,7 +91,7 @@ def _check_value(where: str, value: Any, default: Any) -> None:
         raise ConfigError(f"{where}: found {value!r}; expected a number")
 
 
-def peft_config(settings: AdapterSettings, model: Any) -> Any:
+def peft_config(settings: AdapterSettings, model: Any, task: Task = CAUSAL_LM) -> Any:
     """Return PEFT's configuration for a model. Raises ConfigError, or ModelError for targets that are not there."""
     check_options(settings)
     made = config_class(settings.method)
@@ -105,7 +108,10 @@ def peft_config(settings: AdapterSettings, model: Any) -> Any:
             "fan_in_fan_out": any(is_conv1d(layer) for layer in sites.values()),
             "use_dora": True,
         }
-    return made(task_type="CAUSAL_LM", **(own | dict(settings.options)))
+    whole = list(task.whole(model))
+    if whole and "modules_to_save" in inspect.signature(made).parameters:
+        own["modules_to_save"] = whole
+    return made(task_type=task.peft_type, **(own | dict(settings.options)))
 
 
 def check_targets(model: Any, settings: AdapterSettings) -> None:

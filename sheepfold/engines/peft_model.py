@@ -13,18 +13,17 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sheepfold.adapter import Adapter, kind
 from sheepfold.config import AdapterSettings, GenerationSettings, TrainSettings
-from sheepfold.data.rows import IGNORED, TokenRows
+from sheepfold.data.rows import TokenRows
 from sheepfold.engines.carriers import PeftCarrier, SideHooks, carrier
 from sheepfold.engines.common import FIRST_LOSS_SCALE, Local, LocalEngine, Work
 from sheepfold.local import optimizers
 from sheepfold.local.rules import Factors, LocalRule
 from sheepfold.local.steps import lr_factor, step_rows
-from sheepfold.metrics import Mean
+from sheepfold.metrics import Mean, Score
 from sheepfold.rng import derive
 from sheepfold.state import BatchPlan
 
@@ -55,7 +54,7 @@ class PeftModelEngine(LocalEngine):
         first = next(model.parameters())
         self.device, self.half = first.device, first.dtype == torch.float16
         self.side = SideHooks(model, sites)
-        self.carrier = carrier(model, sites, adapter, seed, beyond_peft=beyond_peft)
+        self.carrier = carrier(model, sites, adapter, seed, beyond_peft=beyond_peft, task=self.task)
 
     def initial(self) -> Adapter:
         """Return the adapter as PEFT initialises it, from this run's seed."""
@@ -130,7 +129,8 @@ class PeftModelEngine(LocalEngine):
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed)
             for first in range(0, len(rows), self.plan.micro_rows):
-                nats = self._losses(rows[first : first + self.plan.micro_rows]).sum() / targets
+                part = rows[first : first + self.plan.micro_rows]
+                nats = self._judge(part)[0].sum() / targets
                 torch.autograd.backward(nats * scale)
                 total += float(nats.detach().double())
         if job.rule.penalty is not None and (penalty := job.rule.penalty(job.factors()).sum()).requires_grad:
@@ -140,33 +140,25 @@ class PeftModelEngine(LocalEngine):
                 p.grad.div_(scale)
         return total
 
-    def _losses(self, rows: Sequence[int] | np.ndarray) -> Tensor:
-        """Return the cross-entropy of every target token of these rows, in nats, (targets,)."""
-        pairs = [self.tokens.row(int(n)) for n in rows]
-        ids = torch.nn.utils.rnn.pad_sequence([ids for ids, _ in pairs], batch_first=True)
-        labels = torch.nn.utils.rnn.pad_sequence(
-            [row_labels for _, row_labels in pairs], batch_first=True, padding_value=IGNORED
-        )
-        lengths = torch.tensor([len(ids) for ids, _ in pairs])
-        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-        out = self.carrier.model(input_ids=ids.to(self.device), attention_mask=mask.to(self.device))
-        logits = out.logits[:, -ids.shape[1] :]  # soft prompts come before the row's own tokens
-        keep = labels[:, 1:] != IGNORED
-        chosen = logits[:, :-1][keep.to(self.device)]
-        chosen = chosen if chosen.dtype == torch.float64 else chosen.float()
-        return F.cross_entropy(chosen, labels[:, 1:][keep].to(self.device), reduction="none")
+    def _judge(self, rows: Sequence[int] | np.ndarray) -> tuple[Tensor, Tensor | None]:
+        return self.task.judge(self.carrier.model, self.tokens, [int(n) for n in rows], self.device)
 
     @torch.no_grad()
-    def held_out(self, adapters: Sequence[Adapter], work: Work, rows: int) -> list[Mean]:
-        """Return the loss of adapters[a] on the given rows for each (a, row numbers) of the work, by tokens."""
-        means = [Mean()] * len(work)
+    def scores(self, adapters: Sequence[Adapter], work: Work, rows: int) -> list[Score]:
+        """Return what adapters[a] come to on the given rows, for each (a, row numbers) of the work."""
+        labels = len(self.task.labels)
+        means, tables = [Mean()] * len(work), np.zeros((len(work), labels, labels), dtype=np.int64)
         for a, adapter in enumerate(adapters):
             with self._showing(adapter):
                 for i, (owner, numbers) in enumerate(work):
                     for first in range(0, len(numbers) if owner == a else 0, rows):
-                        losses = self._losses(numbers[first : first + rows])
+                        part = numbers[first : first + rows]
+                        losses, given = self._judge(part)
                         means[i] += Mean(float(losses.double().sum()), float(len(losses)))
-        return means
+                        if given is not None:
+                            true = [int(self.tokens.row(int(n))[0][-1]) for n in part]
+                            np.add.at(tables[i], (np.array(true), given.cpu().numpy()), 1)
+        return [Score(mean, table if labels else None) for mean, table in zip(means, tables, strict=True)]
 
     def generate(
         self, adapters: Sequence[Adapter], work: Work, settings: GenerationSettings, pad_id: int, eos: Sequence[int]

@@ -58,7 +58,7 @@ def _check_base(path: Path, base: str) -> None:
     from sheepfold.peft_io import check_fits
 
     source = find(path, base=base)
-    model = config_only(source.model, "cpu").model
+    model = config_only(source.model, "cpu", source.task).model
     if source.is_lora(ADAPTER):
         check_fits(source.adapter(ADAPTER), model)
 

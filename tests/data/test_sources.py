@@ -10,6 +10,7 @@ import pytest
 
 from sheepfold.config import DataSettings, PartitionSettings
 from sheepfold.data import files
+from sheepfold.data.glue import GLUE
 from sheepfold.data.rows import Message, Record
 from sheepfold.data.sources import NAMED, read
 from sheepfold.errors import ConfigError, DataError
@@ -193,6 +194,13 @@ NAMED_ROWS = {
         {"definition": "a", "inputs": "c", "targets": "b", "task_name": "t1"},
         Record("a", "b", "c", "t1", "t1"),
     ),
+    **{
+        name: (
+            dict.fromkeys(task.first[:1], "a") | dict.fromkeys(task.second[:1], "c") | {"label": 1},
+            Record("a", task.labels[1], "c" if task.second else "", task.labels[1]),
+        )
+        for name, task in GLUE.items()
+    },
 }
 
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sheepfold.evaluation.held_out import HeldOut, held_out
-from sheepfold.metrics import Mean
+from sheepfold.metrics import Mean, Score
 
 means = st.builds(Mean, st.floats(0.1, 500), st.integers(1, 90).map(float))
 clients = st.dictionaries(st.sampled_from([f"c{i}" for i in range(30)]), means, min_size=1)
@@ -40,7 +40,8 @@ def test_clients_never_sampled_are_reported_apart_and_the_global_set_beside():
 
 
 def test_a_client_without_held_out_rows_has_no_score():
-    scores = held_out(["a", "b"], [Mean(2.0, 1.0), Mean(), Mean(5.0, 1.0)], frozenset(), has_global=True)
+    measured = [Score(Mean(2.0, 1.0)), Score(), Score(Mean(5.0, 1.0))]
+    scores = held_out(["a", "b"], measured, frozenset(), has_global=True)
     assert set(scores.clients) == {"a"}
     assert scores.overall == Mean(5.0, 1.0)
     assert HeldOut({}).summary() == {}
