@@ -82,7 +82,7 @@ def load_base(
     quantise the linear layers with bitsandbytes (LLM.int8(), arXiv:2208.07339; NF4, arXiv:2305.14314).
     Raises ModelError (one line: what, where, what next) for whatever cannot be loaded whole.
     """
-    where, place = _find(settings.base), pick_device(device)
+    where, place = find_base(settings.base), pick_device(device)
     config, dtype = _config(where, settings, task), pick_dtype(settings.dtype, place)
     tokenizer = tokenizer or _tokenizer(where, settings, config, task)
     fingerprint = _fingerprint(where, config)  # of the base as published: a task may write its labels into `config`
@@ -102,7 +102,7 @@ def load_base(
 
 def config_only(settings: ModelSettings, device: str = "auto", task: Task = CAUSAL_LM) -> Outline:
     """Return the base's shapes from its configuration alone: no weights are read or allocated."""
-    config = _config(_find(settings.base), settings, task)
+    config = _config(find_base(settings.base), settings, task)
     task.loading(config, settings.base)
     with quiet(), one_line(settings.base), torch.device("meta"):
         model = _auto(task).from_config(config, **_attention(settings))
@@ -112,9 +112,15 @@ def config_only(settings: ModelSettings, device: str = "auto", task: Task = CAUS
     return Outline(model, settings.base, parameters, dtype, positions and positions - _first_position(model))
 
 
+def fingerprint(settings: ModelSettings, task: Task = CAUSAL_LM) -> str:
+    """Return the fingerprint that `load_base` would give a base; no weights are loaded."""
+    where = find_base(settings.base)
+    return _fingerprint(where, _config(where, settings, task))
+
+
 def load_tokenizer(settings: ModelSettings, task: Task = CAUSAL_LM) -> Any:
     """Return the base's tokenizer alone, as `load_base` would: for preparing data without a model."""
-    where = _find(settings.base)
+    where = find_base(settings.base)
     return _tokenizer(where, settings, _config(where, settings, task), task)
 
 
@@ -182,7 +188,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.backends.mps.is_macos_or_newer(14, 0) else torch.float16
 
 
-def _find(base: str) -> str:
+def find_base(base: str) -> str:
     """Return the folder or hub id that a base's name means; raise ModelError for a folder that is not one."""
     if base.startswith("builtin:"):
         if base != "builtin:tiny":

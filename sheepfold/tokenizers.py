@@ -29,6 +29,11 @@ def read_tokenizer(
         raise ModelError(
             f"model.base {base!r}: no usable tokenizer in {where} ({first_line(error)}); {_way_on(error)}"
         ) from None
+    if len(tokenizer) - len(tokenizer.all_special_tokens) < 2:  # transformers 5 makes an empty one of no files at all
+        raise ModelError(
+            f"model.base {base!r}: no usable tokenizer in {where} (it knows special tokens and no words); "
+            "set model.tokenizer to a hub id or folder that has one"
+        )
     if needs_eos:
         _set_eos(tokenizer, config, base)
     _set_pad(tokenizer)

@@ -36,6 +36,7 @@ from sheepfold.models import (
     silence_dropout,
 )
 from sheepfold.targets import find_targets, new_adapter
+from sheepfold.tokenizers import read_tokenizer
 
 IDS = torch.arange(4, 24).reshape(2, 10)
 SMALL = {"vocab_size": 32, "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2}
@@ -242,6 +243,13 @@ DAMAGES = {
     "broken tokenizer": (lambda f: (f / "tokenizer.json").write_text("{}"), "no usable tokenizer"),
     "small embedding": (small_embedding, "the tokenizer has ids up to .*, the model 32 embedding rows"),
 }
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "opt", "gemma"])
+def test_a_tokenizer_that_transformers_makes_of_nothing_is_refused(family, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    with pytest.raises(ModelError, match=r"no usable tokenizer .* special tokens and no words.* set model.tokenizer"):
+        read_tokenizer(str(tmp_path), str(tmp_path))
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
