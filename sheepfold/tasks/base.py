@@ -6,10 +6,12 @@ Both engines train whatever gives a loss for each target: tokens of an answer, o
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from torch import Tensor
 
@@ -18,6 +20,33 @@ if TYPE_CHECKING:
     from sheepfold.data.tokenize import Tokenized
     from sheepfold.engines.batches import Batch, Collate
     from sheepfold.evaluation.text_metrics import Metric
+
+
+@dataclass(frozen=True, slots=True)
+class Predicted:
+    """What a model says of some rows."""
+
+    logits: "Tensor"
+    """(targets, labels or vocabulary), in float32 or wider"""
+    target: "Tensor"
+    """(targets,) int64: what was right"""
+    lengths: "Tensor"
+    """(rows,) int64: each row's tokens; what is behind them is padding"""
+    attentions: "tuple[Tensor, ...]" = ()
+    """By layer, (rows, heads, tokens, tokens) each, where they were asked for"""
+
+    def losses(self) -> "Tensor":
+        """Return the cross-entropy of each target in nats, (targets,)."""
+        import torch.nn.functional as F
+
+        return F.cross_entropy(self.logits, self.target, reduction="none")
+
+
+def widened(logits: "Tensor") -> "Tensor":
+    """Return logits in float32, or as they are where they are wider."""
+    import torch
+
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 class Head(Protocol):
@@ -88,7 +117,13 @@ class Task(Protocol):
     def collate(self) -> "Collate":
         """Return the function that makes one batch of rows."""
 
-    def judge(
-        self, model: Any, tokens: "TokenRows", rows: "Sequence[int]", device: "torch.device"
-    ) -> "tuple[Tensor, Tensor | None]":
-        """Return losses and labels given for these rows, the ordinary way: through the model's own logits."""
+    def predict(
+        self,
+        model: Any,
+        tokens: "TokenRows",
+        rows: "Sequence[int] | np.ndarray",
+        device: "torch.device",
+        *,
+        attentions: bool = False,
+    ) -> Predicted:
+        """Return what a plain model says of these rows; attentions need a base loaded with attention 'eager'."""

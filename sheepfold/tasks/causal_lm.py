@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from sheepfold.config import DataSettings
 from sheepfold.data import templates
@@ -17,6 +16,7 @@ from sheepfold.engines.batches import Collate, next_tokens
 from sheepfold.engines.head import Head
 from sheepfold.errors import ModelError
 from sheepfold.evaluation.text_metrics import Metric, resolve
+from sheepfold.tasks.base import Predicted, widened
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +79,16 @@ class CausalLM:
         """Return the batches in which each hidden state predicts the next token."""
         return next_tokens
 
-    def judge(
-        self, model: Any, tokens: TokenRows, rows: Sequence[int], device: torch.device
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return the cross-entropy of every target token of these rows, in nats, (targets,)."""
+    def predict(
+        self,
+        model: Any,
+        tokens: TokenRows,
+        rows: Sequence[int] | np.ndarray,
+        device: torch.device,
+        *,
+        attentions: bool = False,
+    ) -> Predicted:
+        """Return the logits of every target token of these rows, (targets, vocabulary)."""
         pairs = [tokens.row(int(n)) for n in rows]
         ids = torch.nn.utils.rnn.pad_sequence([ids for ids, _ in pairs], batch_first=True)
         labels = torch.nn.utils.rnn.pad_sequence(
@@ -90,12 +96,13 @@ class CausalLM:
         )
         lengths = torch.tensor([len(ids) for ids, _ in pairs])
         mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-        out = model(input_ids=ids.to(device), attention_mask=mask.to(device))
+        more = {"output_attentions": True} if attentions else {}
+        out = model(input_ids=ids.to(device), attention_mask=mask.to(device), **more)
         logits = out.logits[:, -ids.shape[1] :]  # soft prompts come before the row's own tokens
         keep = labels[:, 1:] != IGNORED
         chosen = logits[:, :-1][keep.to(device)]
-        chosen = chosen if chosen.dtype == torch.float64 else chosen.float()
-        return F.cross_entropy(chosen, labels[:, 1:][keep].to(device), reduction="none"), None
+        target = labels[:, 1:][keep].to(device)
+        return Predicted(widened(chosen), target, lengths.to(device), tuple(out.attentions) if attentions else ())
 
 
 def refuse_missing(missing: Sequence[str], base: str) -> None:

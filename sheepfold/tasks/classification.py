@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -31,6 +32,7 @@ from sheepfold.errors import DataError, ModelError, suggest
 from sheepfold.evaluation import labels as measured
 from sheepfold.evaluation.text_metrics import Metric
 from sheepfold.tasks import heads
+from sheepfold.tasks.base import Predicted, widened
 from sheepfold.tasks.causal_lm import refuse_missing
 
 FORMAT = 1
@@ -149,13 +151,21 @@ class Classification:
         """Return the collate of rows with labels."""
         return collate
 
-    def judge(
-        self, model: Any, tokens: TokenRows, rows: Sequence[int], device: torch.device
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return the cross-entropy of every row's label in nats, and the likeliest label, (rows,) each."""
+    def predict(
+        self,
+        model: Any,
+        tokens: TokenRows,
+        rows: Sequence[int] | np.ndarray,
+        device: torch.device,
+        *,
+        attentions: bool = False,
+    ) -> Predicted:
+        """Return the logits of every row, (rows, labels)."""
         batch = collate(tokens, [Row(int(n), 0) for n in rows]).to(device)
-        logits = _logits(model, batch)
-        return F.cross_entropy(logits, batch.target, reduction="none"), logits.argmax(1)
+        assert isinstance(batch, LabelledBatch)
+        more = {"output_attentions": True} if attentions else {}
+        out = model(**_inputs(model, batch), **more)
+        return Predicted(widened(out.logits), batch.target, batch.lengths, tuple(out.attentions) if attentions else ())
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,13 +217,17 @@ class Classifier:
 
 def _logits(model: Any, batch: Batch) -> Tensor:
     """Return (rows, labels) in float32 (float64 stays)."""
+    return widened(model(**_inputs(model, batch)).logits)
+
+
+def _inputs(model: Any, batch: Batch) -> dict[str, Tensor]:
+    """Return what an encoder is called with."""
     assert isinstance(batch, LabelledBatch)
     position = torch.arange(batch.ids.shape[1], device=batch.ids.device)
     inputs = {"input_ids": batch.ids, "attention_mask": (position < batch.lengths[:, None]).long()}
     if _knows_pairs(model):
         inputs["token_type_ids"] = ((position >= batch.first[:, None]) & (position < batch.lengths[:, None])).long()
-    logits: Tensor = model(**inputs).logits
-    return logits if logits.dtype == torch.float64 else logits.float()
+    return inputs
 
 
 def _knows_pairs(model: Any) -> bool:

@@ -3,8 +3,8 @@
     bert        classifier                        distilbert   pre_classifier, classifier
     roberta     classifier (dense, out_proj)      deberta      pooler, classifier
 
-The head is what transformers puts beside the encoder. PEFT's SEQ_CLS saves `classifier` and `score` alone, so a new
-pre_classifier would be lost there; here all of the head is trained, sent and saved.
+The head is what transformers puts beside the encoder. PEFT's SEQ_CLS goes by names that end in `classifier` or `score`,
+so a new pooler would be lost there; here all of the head is trained, sent and saved.
 """
 
 from collections.abc import Sequence
