@@ -5,7 +5,10 @@ prefix ─▶ prefix_tuning · p-tuning ─▶ p_tuning · prompt ─▶ prompt_
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
+
+from sheepfold.errors import suggest
 
 SHORT = {"prefix": "prefix_tuning", "ptuning": "p_tuning", "prompt": "prompt_tuning"}
 """Short name -> PEFT's."""
@@ -15,6 +18,11 @@ CACHED = ("prefix_tuning", "cartridge")
 """Those among them that act through the attention cache."""
 RANKED = ("lora", "dora")
 """Methods that adapter.rank, alpha, dropout and targets are for."""
+SEEDS = "seeds"
+"""All weights, as sums of random directions: no method of PEFT's."""
+WHOLE = ("full", SEEDS)
+"""Methods whose result is a whole model."""
+MOST_CANDIDATES = 1_000_000
 _LORA = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "target_modules": "targets"}
 
 
@@ -79,6 +87,34 @@ def check_soft(method: str, options: Mapping[str, Any]) -> None:
     if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
         found = "is not set" if tokens is None else f"is {tokens!r}"
         raise ValueError(f"options.num_virtual_tokens {found}; {method} needs a number of tokens, such as 20")
+
+
+def engine(method: str) -> str:
+    """Return the train.engine that `auto` stands for."""
+    return {"lora": "cohort", SEEDS: "zeroth_order"}.get(method, "peft_model")
+
+
+@dataclass(frozen=True, slots=True)
+class SeedOptions:
+    """adapter.options of method seeds."""
+
+    candidates: int = 4096
+    """Directions of the whole run."""
+    eps: float = 5e-4
+    """How far a step looks along its direction, on both sides."""
+
+
+def seed_options(options: Mapping[str, Any]) -> SeedOptions:
+    """Return the options of method seeds. Raises ValueError for ones that are not there, or mean nothing."""
+    known = SeedOptions.__dataclass_fields__
+    if odd := next((name for name in options if name not in known), None):
+        raise ValueError(f"options.{odd}: method seeds has none; {suggest(str(odd), known)}")
+    read = SeedOptions(**options)
+    if type(read.candidates) is not int or not 1 <= read.candidates <= MOST_CANDIDATES:
+        raise ValueError(f"options.candidates: found {read.candidates!r}; expected 1 to {MOST_CANDIDATES:,}")
+    if type(read.eps) not in (int, float) or not 0 < read.eps < math.inf:
+        raise ValueError(f"options.eps: found {read.eps!r}; expected a number above 0")
+    return read
 
 
 def virtual_tokens(method: str, options: Mapping[str, Any]) -> int:

@@ -7,27 +7,22 @@ combination is reported before torch, a data set or a model is loaded.
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from types import NoneType
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 from sheepfold import adapter_methods, rank_choice, tracking
 from sheepfold.errors import ConfigError, suggest
+from sheepfold.offsite import settings as offsite_settings
+from sheepfold.offsite.settings import OffsiteSettings
+from sheepfold.section import Fraction, Positive, Section, Share
 
-Positive = Annotated[int, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, lt=1)]
-Fraction = Annotated[float, Field(gt=0, le=1)]
 RankChoice = Annotated[
     Positive | str | tuple[Positive | Mapping[str, Positive], ...] | Mapping[str, Any] | None,
     BeforeValidator(rank_choice.validate),
 ]
-
-
-class Section(BaseModel):
-    """A frozen part of the experiment file; unknown keys are errors."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class ModelSettings(Section):
@@ -52,7 +47,7 @@ class AdapterSettings(Section):
 
     method: str = "lora"
     """lora, rslora (both engines); dora, prefix, p-tuning, prompt, ia3 or another of PEFT's, by its name there; full:
-    all weights (all these: peft_model engine)."""
+    all weights (all these: peft_model engine); seeds: all weights, without gradients (zeroth_order engine)."""
     rank: Positive = 8
     """LoRA rank r; this, ranks, alpha, dropout and targets are for lora, rslora and dora."""
     ranks: RankChoice = None
@@ -72,7 +67,8 @@ class AdapterSettings(Section):
     start: str | None = None
     """A PEFT folder to start from, instead of A random and B zero; rank and alpha are then the folder's."""
     options: Mapping[str, Any] = Field(default_factory=dict)
-    """Arguments of the PEFT config class, for methods other than lora."""
+    """Arguments of the PEFT config class, for methods other than lora; of seeds: candidates (4096), how many directions
+    there are, and eps (0.0005), how far a step looks along one."""
 
     @model_validator(mode="before")
     @classmethod
@@ -82,6 +78,8 @@ class AdapterSettings(Section):
     @model_validator(mode="after")
     def _virtual_tokens(self) -> Self:
         adapter_methods.check_soft(self.method, self.options)
+        if self.method == adapter_methods.SEEDS:
+            adapter_methods.seed_options(self.options)
         return self
 
     @model_validator(mode="after")
@@ -119,6 +117,30 @@ class PartitionSettings(Section):
     """Rows of each category kept out of every client, as a global test set (Shepherd holds out 10)."""
 
 
+class PublicSettings(Section):
+    """Rows that the server has, and no client: for fedkd to distil on, and for `sheepfold finetune --on public`."""
+
+    share: Share = 0.0
+    """This share of the rows."""
+    pick: Literal["first", "random"] = "first"
+    """Which rows the share is: the first ones, or any (drawn by data.partition.seed)."""
+    source: str | None = None
+    """Instead of a share: another split of the source (such as validation), or a file, all of it."""
+
+    @model_validator(mode="after")
+    def _one_way_to_say_rows(self) -> Self:
+        if self.source is not None and self.share:
+            raise ValueError(f"share {self.share} and source {self.source!r} are both set; keep one of them")
+        if self.pick != "first" and not self.share:
+            raise ValueError(f"pick {self.pick!r} has no effect without share; set share, such as 0.2")
+        return self
+
+    @property
+    def wanted(self) -> bool:
+        """Whether the server has rows of its own."""
+        return bool(self.share or self.source)
+
+
 class DataSettings(Section):
     """Where rows come from, how they are split, and how they become tokens."""
 
@@ -140,6 +162,7 @@ class DataSettings(Section):
     seed: int = 42
     """Seed of the built-in corpus, the subsample and the split inside each client."""
     partition: PartitionSettings = PartitionSettings()
+    public: PublicSettings = PublicSettings()
     eval_share: Share = 0.1
     """Share of each client's rows held out for evaluation."""
     test_share: Share = 0.0
@@ -171,8 +194,9 @@ class DataSettings(Section):
 class TrainSettings(Section):
     """What one client does in one round."""
 
-    engine: Literal["cohort", "peft_model"] = "cohort"
-    """cohort: LoRA of all sampled clients in one pass; peft_model: plain PEFT, one client at a time."""
+    engine: Literal["auto", "cohort", "peft_model", "zeroth_order"] = "auto"
+    """cohort: LoRA of all sampled clients in one pass; peft_model: any adapter.method, one client at a time;
+    zeroth_order: adapter.method seeds; auto: cohort for lora, zeroth_order for seeds, peft_model for other methods."""
     steps: Positive | None = None
     """Optimizer steps a round; set this or epochs."""
     epochs: Annotated[int, Field(gt=0)] | None = None
@@ -182,7 +206,7 @@ class TrainSettings(Section):
     micro_rows: Positive | None = None
     """Rows of one client per forward pass; default: batch_rows. Smaller needs less memory, same result."""
     optimizer: str = "adamw"
-    """adamw, sgd, or any class of torch.optim by name; built fresh each round."""
+    """adamw, sgd, or any class of torch.optim by name; built fresh each round. adapter.method seeds: sgd."""
     optimizer_args: Mapping[str, Any] = Field(default_factory=dict)
     """Further arguments of the optimizer, such as momentum, betas, eps."""
     lr: Annotated[float, Field(gt=0)] = 3e-4
@@ -198,7 +222,8 @@ class TrainSettings(Section):
     halve_after: Positive = 15
     """Rounds at the full rate before `round_schedule: halve` halves it (FlexLoRA: 15)."""
     grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
-    """L2 bound on each client's own gradient; null: no bound."""
+    """L2 bound on each client's own gradient; null: no bound. adapter.method seeds: bound on a step's
+    scalar, by default none."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     clients_per_pass: Positive | None = None
@@ -230,11 +255,13 @@ class FederationSettings(Section):
     """Who takes part, and how updates become one adapter."""
 
     strategy: str | Annotated[tuple[str, ...], Field(min_length=1)] = "fedavg"
-    """How updates fold: fedavg, fedit, flora, fedex, flexlora, hetlora, heterolora, ffa_lora, rolora, fedsa, fed_sb, or
-    module:strategy. fedprox, scaffold, fedopt (fedavgm, fedadam, fedyogi, fedadagrad) and slora change another method:
+    """How updates fold: fedavg, fedit, flora, fedex, flexlora, hetlora, heterolora, ffa_lora, rolora, fedsa, fed_sb,
+    fedkseed (adapter.method seeds), or module:strategy.
+    fedprox, scaffold, fedopt (fedavgm, fedadam, fedyogi, fedadagrad), slora and fedkd change another:
     a list composes, outermost first, such as [fedprox, flexlora]; by themselves they change fedavg."""
     strategy_args: Mapping[str, Any] = Field(default_factory=dict)
-    """Arguments of the methods, such as mu or tau; each goes to the method that takes it (docs/methods.md)."""
+    """Arguments of the methods, such as mu or tau; each goes to the method that takes it (docs/methods.md). Those in a
+    section named as a method, {fedprox: {mu: 0.1}}, are that method's alone, and wait while another one runs."""
     rounds: Positive = 5
     """Communication rounds."""
     clients_per_round: Positive | None = None
@@ -397,6 +424,8 @@ class Experiment(Section):
     federation: FederationSettings = FederationSettings()
     personal: PersonalSettings = PersonalSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
+    offsite: OffsiteSettings | None = None
+    """Closed models: clients get an emulator of model.base instead (docs/offsite.md); null: they get model.base."""
     stop: StopSettings = StopSettings()
     baselines: tuple[Literal["local", "centralised"], ...] = ()
     """Also train every client alone, and all rows in one place, for the closing table."""
@@ -407,6 +436,11 @@ class Experiment(Section):
     tracker_args: Mapping[str, Mapping[str, str]] = Field(default_factory=dict)
     """Arguments of the trackers, such as {wandb: {project: sheep, mode: offline}}."""
     card: CardSettings = CardSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _engine_of_the_method(cls, values: Any) -> Any:
+        return _with_engine(values)
 
     @model_validator(mode="after")
     def _trackers_take_their_arguments(self) -> Self:
@@ -421,7 +455,10 @@ class Experiment(Section):
             raise ValueError(
                 f"federation.clients_per_round {asked} is more than data.partition.clients {partition.clients}"
             )
-        if self.adapter.method != "lora" and self.train.engine == "cohort":
+        needed, engine = adapter_methods.engine(self.adapter.method), self.train.engine
+        if engine != needed and "zeroth_order" in (engine, needed):
+            raise ValueError(f"adapter.method {self.adapter.method!r} needs train.engine {needed}, found {engine}")
+        if self.adapter.method != "lora" and engine == "cohort":
             raise ValueError(
                 f"adapter.method {self.adapter.method!r} needs train.engine peft_model; the cohort engine trains lora"
             )
@@ -434,10 +471,12 @@ class Experiment(Section):
                 f"train.gradient_checkpointing with adapter.method {self.adapter.method!r}: checkpointing drops the "
                 "attention cache, which holds the prefix; set it to false, or take p-tuning or prompt"
             )
+        if problem := offsite_settings.problem(self):
+            raise ValueError(problem)
         if self.adapter.start and self.adapter.method != "lora":
             raise ValueError(f"adapter.start has no effect with adapter.method {self.adapter.method!r}; remove it")
-        if self.train.clients_per_pass and self.train.engine == "peft_model":
-            raise ValueError("train.clients_per_pass has no effect in train.engine peft_model; remove it")
+        if self.train.clients_per_pass and engine != "cohort":
+            raise ValueError(f"train.clients_per_pass has no effect in train.engine {engine}; remove it")
         if self.stop.key and self.evaluation.every == 0:
             raise ValueError("stop.key needs evaluations during the run; set evaluation.every to 1 or more")
         if any(c in self.name for c in "/\\\0") or self.name in ("", ".", ".."):
@@ -465,6 +504,26 @@ class Experiment(Section):
         if whole and self.adapter.method != "lora":
             return f"adapter.modules_to_save has no effect with adapter.method {self.adapter.method!r}; remove it"
         return None
+
+
+def _with_engine(values: Any) -> Any:
+    """Return an experiment's values with the engine that `auto` stands for; values that mean nothing as they are."""
+    train = values.get("train", {}) if isinstance(values, Mapping) else None
+    if isinstance(train, TrainSettings):
+        train = train.model_dump(exclude_unset=True)
+    if not isinstance(train, Mapping):
+        return values
+    adapter = values.get("adapter", {})
+    if not isinstance(adapter, AdapterSettings):
+        try:
+            adapter = AdapterSettings.model_validate(adapter)
+        except ValidationError:
+            return values  # the section's own checks say what is wrong with it
+    if adapter.method == adapter_methods.SEEDS:
+        train = {"optimizer": "sgd", "grad_norm": None, **train}
+    if train.get("engine", "auto") == "auto":
+        train = {**train, "engine": adapter_methods.engine(adapter.method)}
+    return {**values, "train": train}
 
 
 def load(path: str | os.PathLike[str] | None, overrides: Sequence[str] = ()) -> Experiment:
@@ -561,7 +620,8 @@ def _first_problem(error: ValidationError) -> str:
 def _keys_beside(location: tuple[int | str, ...]) -> list[str]:
     section: type[BaseModel] = Experiment
     for part in location[:-1]:
-        section = section.model_fields[str(part)].annotation  # type: ignore[assignment]
+        found: Any = section.model_fields[str(part)].annotation
+        section = next((kind for kind in get_args(found) if kind is not NoneType), found)  # of an optional section
     return list(section.model_fields)
 
 

@@ -45,7 +45,7 @@ def test_an_experiment_written_down_is_the_experiment(values):
         ({"train": {"steps": 3, "epochs": 1}}, "train: steps 3 and epochs 1 are both set; keep one of them"),
         ({"train": {"micro_rows": 9, "batch_rows": 8}}, "micro_rows 9 is more than batch_rows 8"),
         ({"train": {"steps": 3, "warmup_steps": 3}}, "warmup_steps 3 must be less than steps 3"),
-        ({"train": {"engine": "trainer"}}, "input should be 'cohort' or 'peft_model'"),
+        ({"train": {"engine": "trainer"}}, "input should be 'auto', 'cohort', 'peft_model'"),
         ({"train": {"local_rule_args": {"mu": 1}}}, "no effect without local_rule"),
         ({"data": {"eval_share": 0.6, "test_share": 0.5}}, "leaves no training rows"),
         ({"data": {"partition": {"clients": 0}}}, "data.partition.clients: found 0"),
@@ -54,7 +54,7 @@ def test_an_experiment_written_down_is_the_experiment(values):
         ({"federation": {"clients_per_round": 2, "fraction": 0.1}}, "both set; keep one of them"),
         ({"federation": {"fraction": 1.5}}, "federation.fraction: found 1.5"),
         ({"federation": 3}, "federation: found 3"),
-        ({"adapter": {"method": "ia3"}}, "needs train.engine peft_model"),
+        ({"adapter": {"method": "ia3"}, "train": {"engine": "cohort"}}, "needs train.engine peft_model"),
         ({"adapter": {"options": {"r": 3}}}, "adapter.options has no effect"),
         ({"adapter": {"dropout": 1.0}}, "adapter.dropout: found 1.0"),
         ({"stop": {"key": "loss.weighted"}, "evaluation": {"every": 0}}, "stop.key needs evaluations"),
@@ -143,3 +143,20 @@ def test_reading_an_experiment_imports_nothing_heavy():
     code = "import sys, sheepfold; sheepfold.load(None); print({'torch', 'transformers', 'peft'} & set(sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize(("method", "engine"), [("lora", "cohort"), ("full", "peft_model"), ("dora", "peft_model")])
+def test_the_engine_auto_is_the_method_s_and_written_down_as_it_is(method, engine):
+    values = {"adapter": {"method": method}}
+    for train in ({}, {"engine": "auto"}, {"lr": 0.1}):
+        made = build({**values, "train": train})
+        assert made.train.engine == engine
+        assert made.train.lr == train.get("lr", build({}).train.lr)
+        assert yaml.safe_load(dump(made))["train"]["engine"] == engine
+        assert build(yaml.safe_load(dump(made))) == made
+    assert build({**values, "train": {"engine": "peft_model"}}).train.engine == "peft_model"
+
+
+def test_the_engine_auto_follows_an_override_of_the_method():
+    assert load(None, ["adapter.method=full"]).train.engine == "peft_model"
+    assert load(None, ["adapter.method=full", "adapter.method=lora"]).train.engine == "cohort"

@@ -5,14 +5,14 @@ Every draw comes from a stream named by `partition.seed` alone. Rows keep their 
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sheepfold import plugins
-from sheepfold.config import PartitionSettings
+from sheepfold.config import PartitionSettings, PublicSettings
 from sheepfold.data import partition
 from sheepfold.data.partition import grouped, natural_key, numbered
 from sheepfold.data.sources import Source
@@ -30,17 +30,27 @@ class Partition:
     """Rows of the global test set."""
     left_out: int = 0
     """Rows that a partition file or an own partitioner gave to nobody."""
+    public: np.ndarray = field(default_factory=lambda: np.array([], dtype=np.int64))
+    """Rows that the server has."""
 
 
-def assign(source: Source, settings: PartitionSettings) -> Partition:
-    """Return the partition that the settings name.
+def assign(source: Source, settings: PartitionSettings, public: PublicSettings = PublicSettings()) -> Partition:
+    """Return the partition that the settings name; the public rows are taken before any client is given some.
 
     Raises ConfigError for a partitioner that does not exist, DataError for rows it cannot part.
     """
-    free = np.flatnonzero(source.splits != "holdout")
+    free = np.flatnonzero(~np.isin(source.splits, ("holdout", "public")))
     given = np.flatnonzero(source.splits == "holdout")
+    ours = np.flatnonzero(source.splits == "public")
     if settings.by.endswith(".json"):
-        return _from_file(source, Path(settings.by).expanduser(), given)
+        if public.share:
+            raise ConfigError(
+                f"data.public.share {public.share} with a partition file: list the rows in {settings.by} under 'public'"
+            )
+        return _from_file(source, Path(settings.by).expanduser(), given, ours)
+    if public.share:
+        ours = _share(source, free, settings, public)
+        free = np.setdiff1d(free, ours, assume_unique=True)
     held = _holdout(source, free, settings)
     rest = np.setdiff1d(free, held, assume_unique=True)
     part = plugins.find(PARTITIONERS, settings.by, "data.partition.by")
@@ -51,7 +61,16 @@ def assign(source: Source, settings: PartitionSettings) -> Partition:
     clients = _checked(clients, len(rest), f"data.partition.by {settings.by!r}")
     kept = {name: np.sort(rest[rows]) for name, rows in clients.items()}
     assigned = sum(map(len, kept.values()))
-    return Partition(kept, np.sort(np.concatenate([given, held])), len(rest) - assigned)
+    return Partition(kept, np.sort(np.concatenate([given, held])), len(rest) - assigned, ours)
+
+
+def _share(source: Source, rows: np.ndarray, settings: PartitionSettings, public: PublicSettings) -> np.ndarray:
+    """Return the server's share of the rows that are to be trained on, at least one of them."""
+    pool = rows[np.isin(source.splits[rows], ("", "train"))]  # what the source holds out stays where it is
+    size = max(1, round(public.share * len(pool)))
+    if public.pick == "random":
+        pool = stream(settings.seed, "partition", "public").permutation(pool)
+    return np.sort(pool[:size])
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,8 +178,8 @@ def _holdout(source: Source, rows: np.ndarray, settings: PartitionSettings) -> n
     return np.sort(np.concatenate(held))
 
 
-def _from_file(source: Source, path: Path, given: np.ndarray) -> Partition:
-    """Return a partition from a JSON file {client: [row numbers], "test": [held-out row numbers]}.
+def _from_file(source: Source, path: Path, given: np.ndarray, ours: np.ndarray) -> Partition:
+    """Return a partition from a JSON file {client: [row numbers], "test": [held-out ones], "public": [the server's]}.
 
     The numbers count the rows of the source as it was read, so rows that were left out are passed over.
     """
@@ -182,8 +201,15 @@ def _from_file(source: Source, path: Path, given: np.ndarray) -> Partition:
     if not sum(map(len, found.values())):
         raise DataError(f"{path}: none of its row numbers is a row of the source; was it made for other data?")
     holdout = np.union1d(found.pop("test", np.array([], dtype=np.int64)), given)
-    found = {name: np.setdiff1d(found[name], given) for name in sorted(found, key=natural_key)}
-    return Partition(found, holdout, len(source.records) - sum(map(len, found.values())) - len(holdout))
+    ours = np.union1d(found.pop("public", np.array([], dtype=np.int64)), ours)
+    if (both := np.intersect1d(holdout, ours)).size:
+        raise DataError(
+            f"{path}: row {source.numbers[both[0]]} is one of the public rows and of the test set; keep it in one"
+        )
+    taken = np.union1d(given, ours)
+    found = {name: np.setdiff1d(found[name], taken) for name in sorted(found, key=natural_key)}
+    left_out = len(source.records) - sum(map(len, found.values())) - len(holdout) - len(ours)
+    return Partition(found, holdout, left_out, ours)
 
 
 def _checked(parts: Any, rows: int | None, where: str) -> dict[str, np.ndarray]:

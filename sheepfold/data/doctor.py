@@ -55,6 +55,10 @@ class Report:
 
     clients: tuple[ClientReport, ...]
     holdout_rows: int
+    public_rows: int
+    """Rows that the server has"""
+    leaked_public_rows: int
+    """Those of them that are also evaluation, test or held-out rows of anybody"""
     dropped: dict[str, int]
     notes: tuple[str, ...]
     example: Example
@@ -75,6 +79,8 @@ class Report:
             "total": asdict(self.total()),
             "clients": [asdict(client) for client in self.clients],
             "holdout_rows": self.holdout_rows,
+            "public_rows": self.public_rows,
+            "leaked_public_rows": self.leaked_public_rows,
             "dropped": dict(self.dropped),
             "notes": list(self.notes),
             "example": [{"text": text, "learned": learned} for text, learned in self.example],
@@ -112,7 +118,16 @@ def examine(data: FederatedData, tokenizer: Any) -> Report:
         )
         for name, rows in everything.items()
     ]
-    return Report(tuple(reports), len(data.holdout), dict(data.dropped), data.notes, _example(data, tokenizer))
+    leaked = int(evaluated[keys[data.public]].sum())
+    return Report(
+        clients=tuple(reports),
+        holdout_rows=len(data.holdout),
+        public_rows=len(data.public),
+        leaked_public_rows=leaked,
+        dropped=dict(data.dropped),
+        notes=data.notes,
+        example=_example(data, tokenizer),
+    )
 
 
 def render(report: Report, most: int = 20) -> "Group":
@@ -120,9 +135,16 @@ def render(report: Report, most: int = 20) -> "Group":
     from rich.console import Group
     from rich.text import Text
 
-    notes = [Text(f"• {note}") for note in report.notes]
+    notes = [Text(f"• {note}") for note in (*report.notes, *_public(report))]
     head = Text("\nOne training row; what the loss passes over is dim:", style="bold")
     return Group(_table(report, most), *notes, head, example_text(report.example))
+
+
+def _public(report: Report) -> tuple[str, ...]:
+    if not report.public_rows:
+        return ()
+    leaked = f"{report.leaked_public_rows:,} of them are evaluation rows too"
+    return (f"{report.public_rows:,} public rows are the server's, and no client's; {leaked}",)
 
 
 def example_text(example: Example) -> "Text":

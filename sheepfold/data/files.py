@@ -56,7 +56,7 @@ class Chunk:
     client: str = ""
     """The client whose file it is."""
     split: str = ""
-    """train, eval, test or holdout, where the name says so and all splits are read."""
+    """train, eval, test, holdout or public: what the name says where all splits are read, or what the rows are for."""
 
 
 def kind_of(path: Path) -> str | None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sheepfold.config import DataSettings
+from sheepfold.config import DataSettings, PublicSettings
 from sheepfold.data import sources
 from sheepfold.data.assign import assign
 from sheepfold.data.rows import ClientRows, FederatedData, PartitionedData, TokenRows
@@ -47,7 +47,8 @@ def prepare(data: DataSettings, tokenizer: Any, cache: Path | None, task: "Task 
         clients=clients,
         tokens=tokenized.rows,
         holdout=parted.holdout[learnable[parted.holdout]],
-        fingerprint=_fingerprint(tokenized.fingerprint, clients, parted.holdout),
+        public=parted.public[learnable[parted.public]],
+        fingerprint=_fingerprint(tokenized.fingerprint, clients, parted.holdout, parted.public),
         dropped=dict(parted.dropped) | _count("with no target left after the cut", int((~learnable).sum())),
         without_target=without,
         notes=parted.notes + _cut_notes(tokenized.rows, learnable, data) + _gone(parted.clients, clients),
@@ -59,8 +60,12 @@ def prepare(data: DataSettings, tokenizer: Any, cache: Path | None, task: "Task 
 def partition_only(data: DataSettings) -> PartitionedData:
     """Return who holds which rows and how each client's rows are split, without a tokenizer."""
     source = sources.read(data)
-    partition = assign(source, data.partition)
+    partition = assign(source, data.partition, data.public)
     clients = {name: split_rows(name, rows, source.splits, data) for name, rows in partition.clients.items()}
+    if data.public.wanted and not len(partition.public):
+        raise DataError(
+            f"data.public: {_asked(data.public)} gives no usable row; name other rows, or leave data.public out"
+        )
     held = {name: split for name, split in clients.items() if len(split.train)}
     if not held:
         raise DataError(f"data.partition.by {data.partition.by!r}: no client holds a row to train on")
@@ -69,7 +74,11 @@ def partition_only(data: DataSettings) -> PartitionedData:
     reasons |= _count("of clients without a row to train on", stranded)
     notes = tuple(f"{count:,} rows left out: {reason}" for reason, count in reasons.items())
     notes += _small(held, data) + _gone(clients, held)
-    return PartitionedData(source.records, held, partition.holdout, reasons, notes)
+    return PartitionedData(source.records, held, partition.holdout, reasons, notes, partition.public)
+
+
+def _asked(public: PublicSettings) -> str:
+    return f"share {public.share}" if public.source is None else f"source {public.source!r}"
 
 
 def split_rows(client: str, rows: np.ndarray, given: np.ndarray, data: DataSettings) -> ClientRows:
@@ -136,11 +145,13 @@ def _listed(names: list[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def _fingerprint(tokens: str, clients: Mapping[str, ClientRows], holdout: np.ndarray) -> str:
+def _fingerprint(tokens: str, clients: Mapping[str, ClientRows], holdout: np.ndarray, public: np.ndarray) -> str:
     digest = hashlib.blake2b(tokens.encode(), digest_size=16)
     for name, split in clients.items():
         digest.update(repr((name, *map(len, (split.train, split.eval, split.test)))).encode())
         for rows in (split.train, split.eval, split.test):
             digest.update(rows.astype(np.int64).tobytes())
     digest.update(holdout.astype(np.int64).tobytes())
+    if len(public):
+        digest.update(b"public" + public.astype(np.int64).tobytes())
     return digest.hexdigest()

@@ -115,6 +115,8 @@ class PartitionedData:
     """Rows of the source that are not among the records, or that no client holds: {reason: how many}."""
     notes: tuple[str, ...] = ()
     """What a user should know, one line each."""
+    public: np.ndarray = field(default_factory=lambda: np.array([], dtype=np.int64))
+    """Rows that the server has, and no client."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +130,8 @@ class FederatedData:
     """The tokens of all records, in record order."""
     holdout: np.ndarray = field(default_factory=lambda: np.array([], dtype=np.int64))
     """Rows that no client holds: the global test set."""
+    public: np.ndarray = field(default_factory=lambda: np.array([], dtype=np.int64))
+    """Rows that the server has, and no client."""
     fingerprint: str = ""
     """What records, partition, template and tokenizer together amount to."""
     dropped: Mapping[str, int] = field(default_factory=dict)

@@ -116,7 +116,7 @@ class Source:
     numbers: np.ndarray
     """(records,) int64: each record's zero-based row number in the source as it was read"""
     splits: np.ndarray
-    """(records,) str: train, eval, test or holdout where the source comes split, else ''"""
+    """(records,) str: train, eval, test, holdout or public where the source comes split, else ''"""
     names: np.ndarray
     """(records,) str: the name of the file that each record came from"""
     dropped: Mapping[str, int]
@@ -139,7 +139,9 @@ def read(data: DataSettings) -> Source:
     else:
         chunks = _chunks(data, named)
     if data.test_split is not None:
-        chunks = [*chunks, *_held_out(data, named)]
+        chunks = [*chunks, *_other_rows(data, named, "test_split", data.test_split, "holdout", chunks)]
+    if data.public.source is not None:
+        chunks = [*chunks, *_other_rows(data, named, "public.source", data.public.source, "public", chunks)]
     source = _records(chunks, _columns(chunks, data, named), named.tidy)
     return _limited(_subsampled(source, data), data.rows)
 
@@ -155,7 +157,7 @@ def _check(data: DataSettings) -> None:
         )
     if data.source == "corpus":
         idle_options = {"path": data.path, "fields": data.fields, "split": data.split != "train"}
-        for name, idle in (idle_options | {"test_split": data.test_split}).items():
+        for name, idle in (idle_options | {"test_split": data.test_split, "public.source": data.public.source}).items():
             if idle:
                 raise ConfigError(
                     f"data.{name} has no effect with data.source 'corpus'; remove it, or name another source"
@@ -170,7 +172,7 @@ def _check(data: DataSettings) -> None:
 
 
 def _chunks(data: DataSettings, named: Named) -> list[Chunk]:
-    split = files.ALL_SPLITS if named.every_split and data.split == "train" else data.split
+    split = _split(data, named)
     if data.path is not None:
         return files.read_path(Path(data.path).expanduser(), split, named.header)
     if named.hub.startswith("https:"):
@@ -188,16 +190,40 @@ def _chunks(data: DataSettings, named: Named) -> list[Chunk]:
     )
 
 
-def _held_out(data: DataSettings, named: Named) -> list[Chunk]:
-    """Return the rows of data.test_split, another split of the source or a file, as the global test set's."""
-    split = str(data.test_split)
+def _other_rows(
+    data: DataSettings, named: Named, key: str, split: str, use: str, others: Sequence[Chunk]
+) -> list[Chunk]:
+    """Return the rows of another split of the source, or of a file, marked with what they are used for.
+
+    Raises ConfigError for rows that are among the `others` already.
+    """
     if files.kind_of(Path(split)):
         chunks = files.read_path(Path(split).expanduser(), header=named.header)
-    elif split == data.split or data.split == files.ALL_SPLITS:
-        raise ConfigError(f"data.test_split {split!r}: clients hold this split (data.split); name another one")
+    elif _overlap(split, _split(data, named)):
+        raise ConfigError(f"data.{key} {split!r}: clients hold this split (data.split); name another one")
+    elif key == "public.source" and data.test_split is not None and _overlap(split, data.test_split):
+        raise ConfigError(f"data.public.source {split!r}: is the test set too (data.test_split); name another one")
     else:
         chunks = _chunks(data.model_copy(update={"split": split}), replace(named, every_split=False))
-    return [replace(chunk, split="holdout") for chunk in chunks]
+    read = {Path(chunk.origin).resolve(): chunk.split for chunk in others if Path(chunk.origin).is_file()}
+    if twice := [chunk.origin for chunk in chunks if Path(chunk.origin).resolve() in read]:
+        test = read[Path(twice[0]).resolve()] == "holdout"
+        whose = "is the test set too (data.test_split)" if test else "clients hold its rows (data.source)"
+        raise ConfigError(f"data.{key} {split!r}: {whose}; name another one")
+    return [replace(chunk, split=use) for chunk in chunks]
+
+
+def _split(data: DataSettings, named: Named) -> str:
+    """Return the split that clients hold."""
+    return files.ALL_SPLITS if named.every_split and data.split == "train" else data.split
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Return whether two splits share rows, as their names tell it; two slices of one split may be apart."""
+    if files.ALL_SPLITS in (one, other):
+        return True
+    ours, theirs = ([part.strip().partition("[")[::2] for part in split.split("+")] for split in (one, other))
+    return any(a == b and (cut == other_cut or not (cut and other_cut)) for a, cut in ours for b, other_cut in theirs)
 
 
 def _own(data: DataSettings) -> list[Chunk]:
@@ -318,7 +344,8 @@ def _limited(source: Source, count: int | None) -> Source:
         return source
     first = np.flatnonzero(trained)[:count]
     clients = {source.records[row].client for row in first}
-    rest = [row for row in np.flatnonzero(~trained) if source.records[row].client in clients]
+    others = np.flatnonzero(~trained)
+    rest = [row for row in others if source.splits[row] == "public" or source.records[row].client in clients]
     return _taken(source, np.sort(np.concatenate([first, np.array(rest, dtype=np.int64)])))
 
 

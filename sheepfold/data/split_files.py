@@ -67,6 +67,8 @@ def _files(parted: PartitionedData) -> dict[str, list[dict[str, Any]]]:
     files["global_training.json"] = everything
     if len(parted.holdout):
         files["global_test.json"] = [_row(parted.records[row], "") for row in parted.holdout]
+    if len(parted.public):
+        files["public.json"] = [_row(parted.records[row], "") for row in parted.public]
     return files
 
 
