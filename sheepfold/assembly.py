@@ -1,8 +1,9 @@
 """From an experiment to its parts: base, data, engine, sampler, strategy. Cheap checks come before heavy loading."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,17 +18,22 @@ from sheepfold.engines.cohort import CohortEngine
 from sheepfold.engines.injection import CohortModel
 from sheepfold.engines.peft_methods import check_options
 from sheepfold.engines.peft_model import PeftModelEngine
+from sheepfold.engines.zeroth_order import ZerothOrderEngine
 from sheepfold.errors import ConfigError, ModelError
 from sheepfold.evaluation.text_metrics import Metric
 from sheepfold.local import optimizers, rules
 from sheepfold.models import Base, Outline, config_only, load_base, load_tokenizer
+from sheepfold.offsite import align, full
+from sheepfold.offsite.align import AlignRows
+from sheepfold.offsite.cut import check_method, cut_in, restricted, trained
+from sheepfold.offsite.full import Closed
 from sheepfold.personal import check_patterns, check_personal, keeping_local
 from sheepfold.rank_choice import may_mix
 from sheepfold.ranks import client_ranks, memory_need, mixed
 from sheepfold.sampler import UniformSampler, sampler
 from sheepfold.state import BatchPlan, ServerState, Setting
 from sheepfold.strategies import strategy
-from sheepfold.strategies.base import Strategy, cut
+from sheepfold.strategies.base import ServerStep, Strategy, cut
 from sheepfold.targets import find_targets, is_conv1d, linear_shape, new_adapter
 from sheepfold.tasks import task
 from sheepfold.tasks.base import Task
@@ -52,6 +58,10 @@ class Parts:
     """The state before round 1"""
     task: Task
     """With the data's labels, where it has labels"""
+    server: ServerStep | None = None
+    """What the server trains after each fold"""
+    closed: Closed | None = None
+    """The full model, where clients have an emulator of it"""
 
     def start(self) -> ServerState:
         """Return the state before round 1."""
@@ -86,6 +96,10 @@ class Foundation:
     outline: Outline
     tokenizer: Any
     data: FederatedData
+    full: Outline | None = None
+    """The full model, where `outline` is its emulator's"""
+    align: AlignRows | None = None
+    """What the emulator is aligned on"""
 
 
 def check(experiment: Experiment) -> tuple[Strategy, dict[str, Metric]]:
@@ -102,6 +116,11 @@ def check(experiment: Experiment) -> tuple[Strategy, dict[str, Metric]]:
             f"federation.strategy {made.name}: it is about LoRA's A and B, and adapter.method is "
             f"{experiment.adapter.method!r}; fedavg, fedit, fedprox, scaffold and fedopt fold any adapter"
         )
+    if experiment.adapter.method == adapter_methods.SEEDS and made.name != "fedkseed":
+        raise ConfigError(
+            f"federation.strategy {made.name}: adapter.method seeds goes with fedkseed alone, whose "
+            "clients send scalars"
+        )
     if may_mix(experiment.adapter.ranks) and not made.mixed_ranks:
         raise ConfigError(
             f"adapter.ranks: clients may differ, and federation.strategy {made.name} needs equal ranks; flora, "
@@ -114,6 +133,8 @@ def check(experiment: Experiment) -> tuple[Strategy, dict[str, Metric]]:
             f"federation.strategy {made.name}: it trains something else than LoRA's A and B, and has no place for a "
             "classifier's head beside it; fedavg, flora, fedex, flexlora, hetlora, fedprox, scaffold and fedopt do"
         )
+    if experiment.offsite is not None and experiment.offsite.align is not None:
+        align.check(experiment.offsite.align)
     optimizers.build(experiment.train, elementwise=experiment.train.engine == "cohort")
     if key := experiment.stop.key:
         stopping.check_name(key, asked.measures)
@@ -144,12 +165,18 @@ def local_rule(experiment: Experiment) -> rules.LocalRule | None:
     return rules.local_rule(train.local_rule, train.local_rule_args) if train.local_rule else None
 
 
-def assemble(experiment: Experiment, plan: BatchPlan | None = None) -> Parts:
+def assemble(
+    experiment: Experiment, plan: BatchPlan | None = None, emulator: Callable[[], Path] | None = None
+) -> Parts:
     """Return the parts of an experiment; `plan` is a resumed run's, else it follows from the machine.
+
+    emulator: gives the folder of a closed model's emulator, which is made there unless it is there already.
 
     Raises ConfigError, DataError, ModelError or AdapterMismatch, each with its one line.
     """
     made, metrics = check(experiment)
+    if experiment.offsite is not None and emulator is None:
+        raise ConfigError("offsite: only a run has clients that get an emulator; remove it here (offsite=null)")
     known = foundation(experiment)
     asked, outline, data = known.task, known.outline, known.data
     chosen = sampler(experiment.federation, list(data.clients), experiment.seed)
@@ -160,7 +187,11 @@ def assemble(experiment: Experiment, plan: BatchPlan | None = None) -> Parts:
     if experiment.adapter.method == "lora":
         check_patterns(experiment, [*sites_of(experiment, outline.model, asked), *whole_names(outline.model, asked)])
     # the heavy part, when all else is known to be there
-    base = load_base(experiment.model, experiment.device, known.tokenizer, task=asked)
+    given, settings = None, experiment.model
+    if emulator is not None and experiment.offsite is not None:
+        given = full.written(experiment, known, emulator())
+        settings = full.settings_of(given, settings)
+    base = load_base(settings, experiment.device, known.tokenizer, task=asked)
     train_rows = {name: rows.train for name, rows in data.clients.items()}
     sites = sites_of(experiment, base.model, asked) if experiment.adapter.method == "lora" else {}
     setting = make_setting(experiment, list(data.clients), ranks, sites, start, made)
@@ -174,7 +205,12 @@ def assemble(experiment: Experiment, plan: BatchPlan | None = None) -> Parts:
     first = made.begin(ServerState(0, initial, engine.plan, setting=setting))
     numbers = first.adapter.numbers_in_training
     engine.plan = plan or planning.batch_plan(experiment.train, numbers, chosen.size, base.device)
-    return Parts(experiment, base, data, engine, chosen, made, metrics, initial, first, asked)
+    closed = None
+    if given is not None:
+        engine_on = partial(_engine_on_full, experiment, base.model, data, sites, train_rows, made, asked)
+        closed = Closed(experiment, given, engine_on)
+    parts = Parts(experiment, base, data, engine, chosen, made, metrics, initial, first, asked, closed=closed)
+    return replace(parts, server=made.server(parts)) if made.server else parts
 
 
 def foundation(experiment: Experiment) -> Foundation:
@@ -187,12 +223,16 @@ def foundation(experiment: Experiment) -> Foundation:
     if data.labels:
         asked = task(experiment, data.labels)
         outline = config_only(experiment.model, experiment.device, asked)
-    return Foundation(asked, outline, tokenizer, data)
+    known = Foundation(asked, outline, tokenizer, data)
+    if experiment.offsite is not None:
+        return full.of_emulator(experiment, known)
+    check_method(outline.model, experiment.adapter.method)
+    return known
 
 
 def sites_of(experiment: Experiment, model: Any, asked: Task) -> dict[str, Any]:
     """Return the modules that LoRA adapts, by path."""
-    return find_targets(model, experiment.adapter.targets, asked.whole(model))
+    return restricted(model, find_targets(model, experiment.adapter.targets, asked.whole(model)))
 
 
 def whole_names(model: Any, asked: Task) -> list[str]:
@@ -240,6 +280,7 @@ def make_setting(
         ranks if mixed(ranks) else {},
         widest,
         experiment.adapter.alpha if start is None else _alpha(experiment, start, made),
+        experiment.train.steps,
         partial(_weight, sites),
     )
 
@@ -288,8 +329,12 @@ def make_engine(
     train_rows: Mapping[str, np.ndarray],
     made: Strategy,
     asked: Task,
+    only: Sequence[str] | None = None,
 ) -> AnyEngine:
-    """Return the engine that the experiment asks for, one client at a time until it gets its plan."""
+    """Return the engine that the experiment asks for, one client at a time until it gets its plan.
+
+    only: the tensors that method full trains; None: all of a model, and of an emulator what its owner listed.
+    """
     train, adapter = experiment.train, experiment.adapter
     model: Any = base.model
     if train.gradient_checkpointing:
@@ -300,8 +345,32 @@ def make_engine(
     if train.engine == "cohort":
         cohort = CohortModel(model, sites, whole_names(model, asked))
         return CohortEngine(cohort, data.tokens, train_rows, train, adapter, **common)
-    common["beyond_peft"] = made.beyond_peft
+    if train.engine == "zeroth_order":
+        return ZerothOrderEngine(model, data.tokens, train_rows, train, adapter, **common)
+    if only is None and (cut_ := cut_in(model)) is not None:
+        only = trained(model, cut_)
+    common |= {"beyond_peft": made.beyond_peft, "only": only}
     return PeftModelEngine(model, list(sites), data.tokens, train_rows, train, adapter, **common)
+
+
+def _engine_on_full(
+    experiment: Experiment,
+    small: Any,
+    data: FederatedData,
+    sites: Mapping[str, Any],
+    train_rows: Mapping[str, np.ndarray],
+    made: Strategy,
+    asked: Task,
+    base: Base,
+) -> AnyEngine:
+    """Return an engine on a full model, with adapters where its emulator has them."""
+    cut_ = cut_in(small)
+    assert cut_ is not None
+    places = {str(cut_.plugged(path)): path for path in sites}
+    own = {place: base.model.get_submodule(place) for place in places}
+    whole = trained(small, cut_) if experiment.adapter.method == "full" else []
+    only = [str(cut_.plugged(name)) for name in whole]
+    return make_engine(experiment, base, data, own, train_rows, made, asked, only)
 
 
 def load_data(experiment: Experiment, tokenizer: Any) -> FederatedData:

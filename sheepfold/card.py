@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from sheepfold import card_facts
+from sheepfold.adapter_methods import WHOLE
 from sheepfold.card_facts import Table
 from sheepfold.config import CardSettings, ModelSettings
 from sheepfold.tasks import task
@@ -52,6 +53,8 @@ class Card:
     method: str | None = None
     """The strategy that folded the adapter; None where no run is known."""
     rounds: int = 0
+    in_one_place: str = ""
+    """What was done, where the rows were in one place: such as '5 epochs on 1,710 rows'."""
     dropout: float = 0.0
     """The adapter's dropout in training; PEFT keeps it for whoever trains on."""
     revision: str | None = None
@@ -74,13 +77,16 @@ class Card:
         """
         rounds = f"{self.rounds} round{'' if self.rounds == 1 else 's'}"
         made = f", federated with sheepfold: {self.method}, {rounds}" if self.method else ""
+        unknown = "" if self.in_one_place else " How it was trained is not stated."
+        if self.in_one_place:
+            made = f", trained in one place with sheepfold: {self.in_one_place}"
         kind_of = f"{'an' if self.kind[0] in 'aeio' else 'a'} {self.kind}"
         sentence = KINDS[kind][1].format(kind=kind_of, kinds=self.kind, base=self.base)
         parts = [
             f"# {self.run}",
             f"{sentence}{made}."
             + (f" It is the adapter {self.which}." if self.which else "")
-            + (" Training data stayed with the clients." if made else " How it was trained is not stated."),
+            + (" Training data stayed with the clients." if self.method else unknown),
             *([f"Intended use: {self.said.intended_use}"] if self.said.intended_use else []),
             how.strip(),
             "## Licences\n\n" + _rows(("", ""), list(self.licences().items())),
@@ -102,7 +108,7 @@ class Card:
 
     def _tag(self) -> str:
         """Return the method as the hub's tags spell it: lora, ia3, prefix-tuning, full-fine-tuning, ..."""
-        return "full-fine-tuning" if self.kind == "full" else self.kind.lower().replace("_", "-")
+        return "full-fine-tuning" if self.kind in WHOLE else self.kind.lower().replace("_", "-")
 
     def _front(self, kind: str) -> str:
         values: dict[str, object] = {

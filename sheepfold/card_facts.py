@@ -12,6 +12,7 @@ from sheepfold.report.benchmarks import read_benchmarks
 if TYPE_CHECKING:
     from sheepfold.config import Experiment
     from sheepfold.journal import RunFolder
+    from sheepfold.offsite.settings import OffsiteSettings
 
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 """Headings, and rows as wide."""
@@ -28,6 +29,7 @@ def asked(experiment: "Experiment") -> dict[str, Table]:
         ("weights in the fold", _weights(experiment)),
         ("adapter", _lora(experiment)),
         ("targets", _words(adapter.targets)),
+        *([("offsite-tuning", _offsite(experiment.offsite))] if experiment.offsite else []),
         ("a client's round", f"{amount} of {train.batch_rows} rows"),
         ("optimizer", f"{_named(train.optimizer, train.optimizer_args)}, {', '.join(limits)}"),
         ("learning rate", f"{train.lr:g}, {train.schedule} in a round, {train.round_schedule} over rounds"),
@@ -58,6 +60,12 @@ def _lora(experiment: "Experiment") -> str:
     return f"LoRA, {rank}, alpha {adapter.alpha:g}, dropout {adapter.dropout:g}"
 
 
+def _offsite(offsite: "OffsiteSettings") -> str:
+    ends = f"layers below {max(offsite.emu_l, 1)} and from {offsite.emu_r} on (at least the last)"
+    aligned = ", aligned" if offsite.align else ""
+    return f"{_words(offsite.train)} of {ends}; clients had an emulator, drop ratio {offsite.drop_ratio:g}{aligned}"
+
+
 def _words(value: str | Sequence[str]) -> str:
     return value if isinstance(value, str) else ", ".join(value)
 
@@ -69,7 +77,7 @@ def _named(name: str, arguments: Mapping[str, Any]) -> str:
 def measured(run: "RunFolder", lines: Sequence[Mapping[str, Any]], round: int) -> dict[str, Table]:
     """Return what the run's folder holds as of a round: losses, closing means, benchmarks, data, bytes, origin."""
     upto = [line for line in lines if line["round"] <= round]
-    tables = {"Held-out loss (nats per token)": _losses(upto)}
+    tables = {f"Held-out loss{whose} (nats per token)": _losses(upto, key) for key, whose in _judged(upto).items()}
     if (run.path / "closing.json").is_file():
         tables["Closing table (means)"] = _closing(_json(run.path / "closing.json"))
     if benchmarks := list(_benchmarks(run.path)):
@@ -77,10 +85,16 @@ def measured(run: "RunFolder", lines: Sequence[Mapping[str, Any]], round: int) -
     return tables | {"Data and clients": _data(run, upto), "Origin": _origin(run, upto[-1])}
 
 
-def _losses(lines: Sequence[Mapping[str, Any]]) -> Table:
-    judged = [line for line in lines if "held_out" in line]
+def _judged(lines: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Return which evaluations the journal holds, and whose they are."""
+    both = any("held_out_full" in line for line in lines)
+    return {"held_out_full": " of the full model", "held_out": " of its emulator"} if both else {"held_out": ""}
+
+
+def _losses(lines: Sequence[Mapping[str, Any]], key: str) -> Table:
+    judged = [line for line in lines if key in line]
     first, last = judged[0], judged[-1]
-    start, end = first["held_out"]["loss"], last["held_out"]["loss"]
+    start, end = first[key]["loss"], last[key]["loss"]
     rows = [(key.replace("_", " "), _figure(start.get(key)), _figure(end.get(key))) for key in start | end]
     return ("", "start", f"round {last['round']}"), rows
 

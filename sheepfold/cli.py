@@ -10,7 +10,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from sheepfold.commands import chat, evaluate, export, report, serve, track
+from sheepfold.commands import chat, evaluate, export, finetune, models, offsite, report, serve, track
 from sheepfold.errors import SheepfoldError
 
 app = typer.Typer(
@@ -22,9 +22,8 @@ app = typer.Typer(
     add_completion=False,
 )
 data_app = typer.Typer(help="Look at data before anything trains on it.", no_args_is_help=True, rich_markup_mode=None)
-models_app = typer.Typer(help="Work on model weights.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(data_app, name="data")
-app.add_typer(models_app, name="models")
+app.add_typer(models.app, name="models")
 
 
 UsageError: Any = typer.BadParameter.__mro__[1]
@@ -111,7 +110,8 @@ def data_show(
 
     if html and not html.parent.is_dir():
         _fail(f"--html {html}: no folder {html.parent}; make it, or name another")
-    counts = table.counts(prepare.partition_only(experiment.data))
+    parted = prepare.partition_only(experiment.data)
+    counts = table.counts(parted)
     if html:
         from sheepfold import folders
 
@@ -123,6 +123,8 @@ def data_show(
     from sheepfold.terminal import console
 
     console().print(table.terminal(counts))
+    if len(parted.public):
+        console().print(f"{len(parted.public):,} public rows are the server's, and no client's")
 
 
 @data_app.command("doctor")
@@ -144,19 +146,6 @@ def data_doctor(file: File = None, as_json: AsJson = False) -> None:
     console().print(doctor.render(report))
 
 
-@models_app.command("apply-delta")
-def apply_delta(
-    base: Annotated[Path, typer.Option(help="Folder of the base's weights.")],
-    delta: Annotated[Path, typer.Option(help="Folder of the delta's weights.")],
-    target: Annotated[Path, typer.Option(help="Folder to write; must be new or empty.")],
-) -> None:
-    """Add a delta to a base, shard by shard: how Vicuna ships its weights."""
-    from sheepfold import deltas
-
-    deltas.apply_delta(base, delta, target)
-    typer.echo(target)
-
-
 COMMANDS: dict[str, Callable[..., None]] = {
     "eval": evaluate.command,
     "chat": chat.command,
@@ -164,6 +153,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "report": report.command,
     "track": track.command,
     "export": export.command,
+    "finetune": finetune.command,
+    "offsite": offsite.command,
 }
 for name, command in COMMANDS.items():
     app.command(name)(command)

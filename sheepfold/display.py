@@ -18,9 +18,10 @@ from sheepfold.terminal import console, table
 if TYPE_CHECKING:
     from sheepfold.joining import Closing
 
-HEADINGS = ("clients", "train loss", "held-out loss", "worst tenth", "never sampled", "sent up", "seconds")
+ALWAYS = ("clients", "train loss", "held-out loss", "sent up", "seconds")
 MEASURED = ("accuracy", "matthews", "f1")
-"""What rounds may also measure; each has a column behind the held-out loss, where it does."""
+HEADINGS = (*ALWAYS[:3], "full model", *MEASURED, "teacher", "worst tenth", "never sampled", *ALWAYS[3:])
+"""Columns of the table of rounds; those that are not there always are there where a round has such a figure."""
 MOST_CLIENTS = 20
 """Clients that the closing table lists one by one; beyond, it shows the summary alone."""
 
@@ -30,7 +31,7 @@ class Terminal:
 
     def __init__(self, screen: Console | None = None) -> None:
         self.console = screen or console()
-        self.lines: list[Mapping[str, Any]] = []
+        self.cells: list[dict[str, str]] = []
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -52,7 +53,7 @@ class Terminal:
         """Leave the table of rounds as it stands, and go on below it."""
         if self._live.is_started:
             self._progress.stop()
-            self._live.update(self.rounds() if self.lines else Text(""))
+            self._live.update(self.rounds() if self.cells else Text(""))
             self._live.stop()
 
     def __call__(self, event: str, facts: Mapping[str, Any]) -> None:
@@ -80,11 +81,10 @@ class Terminal:
         self._show()
 
     def _on_round(self, line: Mapping[str, Any]) -> None:
-        self.lines.append(line)
+        self.cells.append(cells := _cells(line))
         if not self.console.is_terminal:  # a log: one line a round, as it happens
-            extra = self._measured()
-            cells = zip(_headings(extra), _row(line, extra)[1:], strict=True)
-            self.console.print(f"round {line['round']}: " + ", ".join(f"{n} {c}" for n, c in cells if c))
+            said = ", ".join(f"{name} {cells[name]}" for name in HEADINGS if cells[name])
+            self.console.print(f"round {line['round']}: {said}")
         self._progress.reset(self._task, description=f"round {line['round'] + 1}")
         self._show()
 
@@ -123,48 +123,44 @@ class Terminal:
         self.console.print(f"adapter, journal and states are in [bold]{escape(facts['folder'])}[/]")
 
     def _show(self) -> None:
-        self._live.update(Group(self.rounds(), self._progress) if self.lines else self._progress)
+        self._live.update(Group(self.rounds(), self._progress) if self.cells else self._progress)
 
     def rounds(self) -> Table:
         """Return the table of the rounds so far; the last thirty of many."""
-        extra = self._measured()
-        view = table("rounds", "round", *_headings(extra))
-        for line in self.lines[-30:]:
-            view.add_row(*_row(line, extra))
+        shown = [name for name in HEADINGS if name in ALWAYS or any(cells[name] for cells in self.cells)]
+        view = table("rounds", "round", *shown)
+        for cells in self.cells[-30:]:
+            view.add_row(cells["round"], *(cells[name] for name in shown))
         return view
 
-    def _measured(self) -> list[str]:
-        return [name for name in MEASURED if any(name in line.get("held_out", {}) for line in self.lines)]
 
-
-def _headings(measured: Sequence[str]) -> list[str]:
-    at = HEADINGS.index("worst tenth")
-    return [*HEADINGS[:at], *measured, *HEADINGS[at:]]
-
-
-def _row(line: Mapping[str, Any], measured: Sequence[str]) -> list[str]:
+def _cells(line: Mapping[str, Any]) -> dict[str, str]:
+    """Return a round's cells by heading; empty where it has no such figure."""
     loss = line.get("held_out", {}).get("loss", {})
     rose = " [yellow]rose[/]" if line.get("rose") else ""
     train = _figure(line.get("train_loss"), "loss")
     absent = f" ({len(line['absent'])} absent)" if line.get("absent") else ""
     skipped = sum(c["skipped_steps"] for c in line.get("clients", {}).values())
     clients = f"{len(line.get('clients', {}))}{absent}" if line["round"] else ""
-    return [
-        str(line["round"] or "start"),
-        clients + (f", [yellow]{skipped} steps skipped[/]" if skipped else ""),
-        train,
-        _figure(loss.get("weighted", loss.get("global")), "loss") + rose,
-        *(_figure(_overall(line, name), name) for name in measured),
-        _figure(loss.get("worst_decile"), "loss"),
-        _figure(loss.get("never_sampled"), "loss"),
-        size(line["uplink_bytes"]) if "uplink_bytes" in line else "",
-        f"{line['seconds'].get('round', line['seconds'].get('evaluation', 0.0)):.1f}",
-    ]
+    teacher = line.get("teacher", {})
+    return {
+        "round": str(line["round"] or "start"),
+        "clients": clients + (f", [yellow]{skipped} steps skipped[/]" if skipped else ""),
+        "train loss": train,
+        "held-out loss": _figure(loss.get("weighted", loss.get("global")), "loss") + rose,
+        "full model": _figure(_overall(line, "loss", "held_out_full"), "loss"),
+        **{name: _figure(_overall(line, name), name) for name in MEASURED},
+        "teacher": " ".join(_figure(teacher[name], name) for name in ("loss", "accuracy") if name in teacher),
+        "worst tenth": _figure(loss.get("worst_decile"), "loss"),
+        "never sampled": _figure(loss.get("never_sampled"), "loss"),
+        "sent up": size(line["uplink_bytes"]) if "uplink_bytes" in line else "",
+        "seconds": f"{line['seconds'].get('round', line['seconds'].get('evaluation', 0.0)):.1f}",
+    }
 
 
-def _overall(line: Mapping[str, Any], measure: str) -> float | None:
+def _overall(line: Mapping[str, Any], measure: str, judged: str = "held_out") -> float | None:
     """Return a measure over all clients' held-out rows, or over the global test set where they have none."""
-    summary = line.get("held_out", {}).get(measure, {})
+    summary = line.get(judged, {}).get(measure, {})
     found: float | None = summary.get("weighted", summary.get("global"))
     return found
 
@@ -195,19 +191,24 @@ def closing_table(closing: "Closing", measure: str) -> Table:
     who = [
         w for w in ("base", "local", "federated", "personal", "centralised") if any(w in row for row in scores.values())
     ]
+    alone = closing.alone_on_shared(measure)
     title = f"was joining worth it? {measure.replace('_', ' ')}"
-    view = table(title, "rows of", *who, "alone, on everybody's")
-    for client in closing.clients[:MOST_CLIENTS]:
-        own = [_figure(scores.get(client, {}).get(w), measure) for w in who]
-        view.add_row(escape(shortened(client)), *own, _figure(shared.get(f"local:{client}"), measure))
-    if len(closing.clients) > MOST_CLIENTS:
-        view.add_row(f"… {len(closing.clients) - MOST_CLIENTS} more in closing.json")
+    view = table(title, "rows of", *who, *(["alone, on everybody's"] if alone else []))
+
+    def add(name: str, own: Mapping[str, float | None], elsewhere: float | None) -> None:
+        figures = [own.get(w) for w in who] + ([elsewhere] if alone else [])
+        view.add_row(name, *(_figure(value, measure) for value in figures))
+
+    judged = [c for c in closing.clients if scores.get(c) or f"local:{c}" in shared]
+    for client in judged[:MOST_CLIENTS]:
+        add(escape(shortened(client)), scores.get(client, {}), shared.get(f"local:{client}"))
+    if len(judged) > MOST_CLIENTS:
+        view.add_row(f"… {len(judged) - MOST_CLIENTS} more in closing.json")
     view.add_section()
-    rows = [scores[c] for c in closing.clients if c in scores]
-    means = [_figure(_mean([row[w] for row in rows if w in row]), measure) for w in who]
-    view.add_row("mean of clients", *means, _figure(_mean(closing.alone_on_shared(measure)), measure))
-    everybody = [_figure(shared.get(w), measure) for w in who]
-    view.add_row("everybody", *everybody)
+    if judged:
+        rows = [scores[c] for c in judged if c in scores]
+        add("mean of clients", {w: _mean([row[w] for row in rows if w in row]) for w in who}, _mean(alone))
+    add("everybody", shared, None)
     return view
 
 

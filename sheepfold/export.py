@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sheepfold import peft_io
 from sheepfold import state as states
 from sheepfold.adapter import Adapter
+from sheepfold.adapter_methods import WHOLE
 from sheepfold.answering import source as sources
 from sheepfold.answering.source import BEST, CLIENT, Source
 from sheepfold.card import Card, card_of, card_of_adapter, card_of_run, loading
@@ -190,17 +191,34 @@ def save_adapter(parts: "Parts", adapter: Adapter, folder: str | os.PathLike[str
     Its README.md says what is known by then; `write_cards` says the rest when the run has ended.
     """
     card = card_of(parts.experiment, rounds, parts.task)
+    closed = parts.closed
+    if closed is not None:
+        adapter = closed.plug(adapter)
     if adapter.pairs:
-        export_peft(adapter, folder, parts.base.model, card)
+        export_peft(adapter, folder, parts.base.model if closed is None else closed.outline.model, card)
         return
-    carrier: Any = parts.engine.carrier  # type: ignore[union-attr]  # only the peft_model engine has no pairs
+    engine = parts.engine if closed is None else closed.engine
+    carrier: Any = engine.carrier  # type: ignore[union-attr]  # only the peft_model engine has no pairs
     with quiet(), writing(Path(folder)):
         carrier.write(adapter)
-        carrier.model.save_pretrained(folder)
-        if parts.experiment.adapter.method == "full":
-            parts.base.tokenizer.save_pretrained(folder)
+        if parts.experiment.adapter.method in WHOLE:
+            save_model(replace(parts.base, model=carrier.model), Path(folder))
         else:  # PEFT writes where the base was read from: a path of this machine
+            carrier.model.save_pretrained(folder)
             _edit_json(Path(folder, peft_io.CONFIG), {"base_model_name_or_path": parts.base.name})
+
+
+def save_model(base: Base, folder: Path, **other: Any) -> None:
+    """Write a whole model as it is now, and its tokenizer.
+
+    other: arguments of save_pretrained. The configuration's dropout, silenced when the base was loaded, is written as
+    it was published.
+    """
+    model: Any = base.model
+    with quiet():
+        model.save_pretrained(folder, **other)
+        base.tokenizer.save_pretrained(folder)
+    _edit_json(folder / "config.json", base.dropout)
 
 
 def export_one(leaving: Leaving, folder: Path, model: nn.Module) -> None:
@@ -250,12 +268,9 @@ def export_merged(
     peft_io.check_fits(adapter, base.model)
     model: Any = base.model
     with fresh_folder(folder) as fresh:
-        tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in merged(model, adapter).items()}
-        with quiet():
-            model.save_pretrained(fresh, state_dict=tensors)
-            base.tokenizer.save_pretrained(fresh)
-        # What save_pretrained takes from the frozen base: its dtype, its silenced dropout, its ties.
-        own = {"dtype": str(dtype).removeprefix("torch."), **base.dropout}
+        save_model(base, fresh, state_dict=_cast(merged(model, adapter), dtype))
+        # what save_pretrained takes from the frozen base: its dtype, its ties
+        own = {"dtype": str(dtype).removeprefix("torch.")}
         untied = {} if _tied(model).isdisjoint(adapter.pairs) else {"tie_word_embeddings": False}
         _edit_json(fresh / "config.json", own | untied)
         card = card or Card(base.name, Path(folder).name)
@@ -278,6 +293,18 @@ def merged(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
             f"{odd[0]}: the adapter holds it whole, and the base has no such tensor; use its own base"
         )
     return state | dict(adapter.extra)
+
+
+def _cast(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return floating-point tensors in another dtype; those that share memory go on sharing it, so are written once."""
+    made: dict[Any, Tensor] = {}
+    cast = {}
+    for name, tensor in state.items():
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride())
+        if place not in made:
+            made[place] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        cast[name] = made[place]
+    return cast
 
 
 def short_targets(adapter: Adapter, model: nn.Module) -> list[str]:

@@ -21,10 +21,13 @@ def data_facts(parts: Parts) -> dict[str, Any]:
     sizes = {c: {"train": len(r.train), "eval": len(r.eval), "test": len(r.test)} for c, r in data.clients.items()}
     return {
         "fingerprint": data.fingerprint,
-        "base": parts.base.fingerprint,
+        "base": parts.base.fingerprint if parts.closed is None else parts.closed.fingerprint,
+        **({} if parts.closed is None else {"emulator": parts.base.fingerprint}),
+        **({} if parts.server is None else {"teacher": parts.server.fingerprint}),
         "records": len(data.records),
         "labels": list(data.labels),
         "holdout": len(data.holdout),
+        "public": len(data.public),
         "dropped": dict(data.dropped),
         "notes": list(data.notes),
         "tokens_from_cache": data.tokens_from_cache,
@@ -108,7 +111,7 @@ def round_line(report: RoundReport, state: ServerState) -> dict[str, Any]:
         | ({"why_skipped": m.why_skipped} if m.skipped_steps else {})
         for name, m in report.clients.items()
     }
-    return {
+    line = {
         "round": state.round,
         "cohort": list(report.cohort),
         "lr": report.lr,
@@ -120,3 +123,7 @@ def round_line(report: RoundReport, state: ServerState) -> dict[str, Any]:
         "seconds": {"round": report.seconds, **stages},
         "adapter": state.hash(),
     }
+    if report.server:
+        line["server"] = dict(report.server)
+        line["seconds"] = {"round": report.seconds, "server": report.server_seconds, **stages}
+    return line

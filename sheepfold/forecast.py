@@ -9,6 +9,7 @@ import torch
 
 from sheepfold import planning
 from sheepfold.adapter import Adapter, kind, nbytes
+from sheepfold.adapter_methods import SEEDS, seed_options
 from sheepfold.assembly import (
     Foundation,
     check,
@@ -21,8 +22,12 @@ from sheepfold.assembly import (
     whole_names,
 )
 from sheepfold.config import Experiment
+from sheepfold.distillation.teacher import Foreseen
+from sheepfold.engines.seed_carrier import number_type
 from sheepfold.local.steps import steps_in_round
 from sheepfold.models import Outline, pick_device
+from sheepfold.offsite.cut import cut_in
+from sheepfold.offsite.cut import trained as offsite_names
 from sheepfold.personal import check_patterns
 from sheepfold.ranks import adapter_numbers
 from sheepfold.sampler import sampler
@@ -57,6 +62,14 @@ class Forecast:
     pass_bytes: int
     """Stacked adapters, gradients and moments of one pass."""
     device: str
+    public_rows: int = 0
+    """Rows that the server has"""
+    server: Foreseen | None = None
+    """What the server trains itself"""
+    full_parameters: int | None = None
+    """Of the full model, where the base that clients get is its emulator"""
+    full_bytes: int = 0
+    """What it takes beside the emulator, where it is judged too"""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the forecast, ready for JSON."""
@@ -98,9 +111,23 @@ def forecast(experiment: Experiment) -> Forecast:
         downlink_bytes=None if down is None else round(down * chosen.size),
         uplink_bytes=None if up is None else round(up * chosen.size),
         base_bytes=outline.parameters * outline.dtype.itemsize,
-        pass_bytes=planning.BYTES_PER_NUMBER * numbers * plan.clients_per_pass,
+        pass_bytes=_pass_bytes(experiment, outline, numbers * plan.clients_per_pass),
         device=str(device),
+        public_rows=len(data.public),
+        server=made.foresee(experiment) if made.foresee else None,
+        full_parameters=None if known.full is None else known.full.parameters,
+        full_bytes=_full_bytes(experiment, known.full),
     )
+
+
+def _full_bytes(experiment: Experiment, full: Outline | None) -> int:
+    judged = experiment.offsite is not None and "full" in experiment.offsite.evaluate
+    return full.parameters * full.dtype.itemsize if full is not None and judged else 0
+
+
+def _pass_bytes(experiment: Experiment, outline: Outline, numbers: int) -> int:
+    """Return what a pass needs beside the base and activations; seeds: two vectors of all weights, in float32."""
+    return 8 * outline.parameters if experiment.adapter.method == SEEDS else planning.BYTES_PER_NUMBER * numbers
 
 
 def _rows_seen(experiment: Experiment, sizes: np.ndarray, steps: np.ndarray) -> np.ndarray:
@@ -115,6 +142,8 @@ def _traffic(
 ) -> tuple[float | None, float | None]:
     """Return the bytes of a client's assignment and update in round 1, the mean over clients; None: not foreseen."""
     outline = known.outline
+    if experiment.adapter.method == SEEDS:
+        return _scalars(experiment, made, known, replace(state, adapter=Adapter(extra={SEEDS: torch.zeros(numbers)})))
     if experiment.adapter.method != "lora":
         size = numbers * (outline.dtype.itemsize if experiment.adapter.method == "full" else 4)
         return float(size), float(size)
@@ -145,6 +174,16 @@ def _traffic(
     return float(down), float(up_)
 
 
+def _scalars(
+    experiment: Experiment, made: Strategy, known: Foundation, state: ServerState
+) -> tuple[float | None, float | None]:
+    """Return a client's bytes down and up where scalars travel: for each step, its candidate and its scalar."""
+    state = made.begin(state)
+    steps = [steps_in_round(experiment.train, len(c.train)) for c in known.data.clients.values()]
+    a_step = number_type(len(state.adapter.extra[SEEDS])).itemsize + 4
+    return float(made.assign(state, "", 0.0).nbytes), a_step * float(np.mean(steps))
+
+
 def _adapter_size(experiment: Experiment, outline: Outline, widest: Mapping[str, int], asked: Task) -> tuple[int, int]:
     """Return how many numbers the global adapter has, and how many modules are adapted."""
     model: Any = outline.model
@@ -157,7 +196,11 @@ def _adapter_size(experiment: Experiment, outline: Outline, widest: Mapping[str,
         numbers += sum(model.get_parameter(name).numel() for name in whole_names(model, asked))
         return numbers, len(sites) + len(whole)
     if experiment.adapter.method == "full":
-        return outline.parameters, len(list(model.parameters()))
+        cut = cut_in(model)
+        names = offsite_names(model, cut) if cut else [name for name, _ in model.named_parameters()]
+        return sum(model.get_parameter(name).numel() for name in names), len(names)
+    if experiment.adapter.method == SEEDS:
+        return seed_options(experiment.adapter.options).candidates, len(list(model.parameters()))
     from sheepfold.engines.carriers import carrier
 
     carried = carrier(model, [], experiment.adapter, experiment.seed, task=asked)
@@ -173,6 +216,21 @@ def _shown(f: Forecast) -> str:
     return f"{size(f.downlink_bytes)} down and {size(f.uplink_bytes)} up in round 1"
 
 
+def _public(f: Forecast) -> str:
+    return f", {f.public_rows:,} the server's" if f.public_rows else ""
+
+
+def _server(s: Foreseen) -> str:
+    from sheepfold.display import size
+
+    kept = f"every saved state holds {size(s.state_bytes)} of it" if s.state_bytes else "it learns nothing"
+    return f"a teacher of {s.parameters:,} parameters; {size(s.bytes)} with the server's copy of the student; {kept}"
+
+
+def _which(f: Forecast) -> str:
+    return "" if f.full_parameters is None else f"an emulator of {f.full_parameters:,} parameters: "
+
+
 def show(foreseen: Forecast) -> None:
     """Print a forecast for people."""
     from sheepfold.display import size, together
@@ -183,8 +241,8 @@ def show(foreseen: Forecast) -> None:
     view.show_header, view.columns[1].justify = False, "left"
     for name, value in (
         ("clients", f"{f.clients:,}, {f.cohort:,} a round, {f.rounds} rounds"),
-        ("rows", f"{f.train_rows:,} for training, {f.eval_rows:,} held out"),
-        ("base", f"{f.base_parameters:,} parameters, {size(f.base_bytes)} on {f.device}"),
+        ("rows", f"{f.train_rows:,} for training, {f.eval_rows:,} held out{_public(f)}"),
+        ("base", f"{_which(f)}{f.base_parameters:,} parameters, {size(f.base_bytes)} on {f.device}"),
         ("adapter", f"{f.adapter_numbers:,} numbers in {f.adapted_modules} modules, {size(4 * f.adapter_numbers)}"),
         (
             "work",
@@ -196,9 +254,11 @@ def show(foreseen: Forecast) -> None:
         ),
         (
             "memory",
-            f"{size(f.base_bytes + f.pass_bytes)} for base and stacked adapters, and one pass's activations",
+            f"{size(f.base_bytes + f.pass_bytes)} for base and stacked adapters, and one pass's activations"
+            + (f"; {size(f.full_bytes)} for the full model" if f.full_bytes else ""),
         ),
         ("traffic", _shown(f)),
+        *([("server", _server(f.server))] if f.server else []),
     ):
         view.add_row(name, value)
     console().print(view)

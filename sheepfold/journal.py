@@ -4,9 +4,11 @@
     data.json         what the data amounts to: fingerprint, sizes, training rows by category, ranks, rows left out
     rounds.jsonl      one line for the evaluated start and for each round
     clients/          what clients keep from round to round, where the method has them keep something
+    offsite/          what clients get instead of the base, where that is closed
     personal/         a PEFT folder a client, where clients end with adapters of their own
     state/            latest.safetensors, best.safetensors, round-0003.safetensors (every file is always whole)
     adapter/, best/   PEFT folders, written at the end
+    results.json      arguments, test figures by round, seconds: what a table or a plot of one's own needs
     model_card.md     what all of it amounts to, for whoever gets the adapter
     .running          there and locked while a process is at the run
     tracking/         what each tracker was sent, where the run has any
@@ -52,6 +54,11 @@ class RunFolder:
     def clients(self) -> Path:
         """What clients keep from round to round."""
         return self.path / "clients"
+
+    @property
+    def emulator(self) -> Path:
+        """The model that clients get instead of the base, where that is closed."""
+        return self.path / "offsite" / "emulator"
 
     @property
     def personal(self) -> Path:

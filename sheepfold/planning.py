@@ -31,7 +31,7 @@ def batch_plan(train: TrainSettings, adapter_numbers: int, cohort: int, device: 
     fitting = int(total_memory(device) * ADAPTER_SHARE / (BYTES_PER_NUMBER * max(1, adapter_numbers)))
     clients = train.clients_per_pass or max(1, fitting)
     return BatchPlan(
-        clients_per_pass=1 if train.engine == "peft_model" else min(clients, cohort),
+        clients_per_pass=1 if train.engine in ("peft_model", "zeroth_order") else min(clients, cohort),
         micro_rows=train.micro_rows or train.batch_rows,
         micro_tokens=MICRO_TOKENS.get(device.type, MICRO_TOKENS["cpu"]),
     )

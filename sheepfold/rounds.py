@@ -7,7 +7,7 @@
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Protocol
@@ -16,7 +16,7 @@ from sheepfold.errors import TrainingError
 from sheepfold.messages import Absence, Assignment, Measurements, Update
 from sheepfold.metrics import Mean, merge
 from sheepfold.state import ServerState
-from sheepfold.strategies.base import Strategy
+from sheepfold.strategies.base import ServerStep, Strategy
 
 
 class Engine(Protocol):
@@ -47,6 +47,10 @@ class RoundReport:
     """Steps for which each client drew rows."""
     downlink_bytes: int = 0
     uplink_bytes: int = 0
+    server: Mapping[str, float] = field(default_factory=dict)
+    """Figures of what the server trained itself."""
+    server_seconds: float = 0.0
+    """What that took, of the round's seconds."""
     seconds: float = 0.0
 
     @property
@@ -81,10 +85,12 @@ def rounds(
     strategy: Strategy,
     engine: Engine,
     lr: Callable[[int], float],
+    server: ServerStep | None = None,
 ) -> Iterator[tuple[ServerState, RoundReport]]:
     """Yield the state and the report of each further round, until `until` rounds are completed.
 
-    lr gives the peak learning rate of a round, counted from 0. Raises TrainingError where none of several clients of a
+    lr gives the peak learning rate of a round, counted from 0; server: what the strategy's server trains after each
+    fold. Raises TrainingError where none of several clients of a
     round took a single good step; the last state handed out is still good.
     """
     while state.round < until:
@@ -102,6 +108,10 @@ def rounds(
                 f"federation.strategy {strategy.name}: its fold returned a {type(state).__name__}, expected a "
                 "ServerState; end it with `return state.advance(adapter)`"
             )
+        if first and server is not None:
+            folded = time.perf_counter()
+            state, report.server = server(state)
+            report.server_seconds = time.perf_counter() - folded
         drawn = {client: state.drawn.get(client, 0) + steps for client, steps in report.steps.items()}
         state = replace(state, drawn={**state.drawn, **drawn})
         report.seconds = time.perf_counter() - began

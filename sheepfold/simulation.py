@@ -23,6 +23,7 @@ from sheepfold.facts import data_facts, round_line, run_facts
 from sheepfold.journal import RunFolder, check_same, last_folder, new_folder
 from sheepfold.local.steps import round_lr
 from sheepfold.local.store import ClientStore, folder_name
+from sheepfold.results import write_results
 from sheepfold.rounds import rounds
 from sheepfold.state import ServerState
 from sheepfold.tracking.live import followed
@@ -74,10 +75,10 @@ def _run_all(experiment: Experiment, resume: bool, resume_from: int | None, list
     state = _resumed(folder, experiment, resume_from) if folder else None
     listener("stage", {"text": f"loading {experiment.model.base}"})
     try:
-        parts = assemble(experiment, state.plan if state else None)
+        folders = [folder] if folder else []
+        parts = assemble(experiment, state.plan if state else None, lambda: _begun(experiment, folders).emulator)
         try:
-            folder = folder or new_folder(experiment)
-            folder.create(experiment)
+            folder = _begun(experiment, folders)
             parts.engine.store = ClientStore(folder.clients)
             return _run(parts, folder, state, listener)
         finally:
@@ -87,6 +88,14 @@ def _run_all(experiment: Experiment, resume: bool, resume_from: int | None, list
             f"out of memory ({str(error).splitlines()[0]}); set train.micro_rows or train.clients_per_pass lower, or "
             "train.gradient_checkpointing, in a new run"
         ) from None
+
+
+def _begun(experiment: Experiment, folders: list[RunFolder]) -> RunFolder:
+    """Return the run's folder with the experiment in it; it is made, and put into `folders`, where there is none."""
+    if not folders:
+        folders.append(new_folder(experiment))
+    folders[0].create(experiment)
+    return folders[0]
 
 
 def _resumed(folder: RunFolder, experiment: Experiment, round: int | None) -> ServerState | None:
@@ -125,6 +134,7 @@ def _run(parts: Parts, folder: RunFolder, state: ServerState | None, listener: L
     parts.engine.on_step = lambda steps: None
     _export(parts, folder, state)
     closing = _closing(parts, folder, state, lr, listener)
+    write_results(folder, closing)
     write_cards(folder)  # all that was trained is told before benchmarks, which may fail
     end = {"folder": str(folder.path), "adapter": state.hash(), "round": state.round}
     if experiment.evaluation.tasks:
@@ -139,9 +149,13 @@ def _first(parts: Parts, folder: RunFolder, listener: Listener) -> ServerState:
     """Evaluate and save the state before round 1."""
     began = time.perf_counter()
     state = parts.start()
-    scores = evaluate(parts, state)
+    scores, judged = _judged(parts, state)
     stopping.check_key(parts.experiment, scores)
-    line: dict[str, Any] = {"round": 0, "held_out": scores.as_dict(), "adapter": state.hash()}
+    line: dict[str, Any] = {"round": 0, **judged, "adapter": state.hash()}
+    if parts.closed is not None:
+        line["offsite"] = parts.closed.emulator.facts()
+    if parts.server is not None:
+        line["teacher"] = dict(parts.server.measured(state))
     line["seconds"] = {"evaluation": time.perf_counter() - began}
     folder.append(line)
     state = stopping.watched(parts.experiment, state, scores)
@@ -164,14 +178,16 @@ def _rounds(
     empty = 0
     best = state.best  # rounds() goes on from its own state, which has no part in evaluation
     for state, report in rounds(  # noqa: B020
-        state, total, sampler=parts.sampler, strategy=parts.strategy, engine=parts.engine, lr=lr
+        state, total, sampler=parts.sampler, strategy=parts.strategy, engine=parts.engine, lr=lr, server=parts.server
     ):
         state = replace(state, best=best)
         line = round_line(report, state)
         if state.round == total or (every and state.round % every == 0):
             began = time.perf_counter()
-            scores = evaluate(parts, state)
-            line["held_out"] = scores.as_dict()
+            scores, judged = _judged(parts, state)
+            line |= judged
+            if parts.server is not None:
+                line["teacher"] = dict(parts.server.measured(state))
             line["rose"] = stopping.rose(before, scores.summary())
             line["seconds"]["evaluation"] = time.perf_counter() - began
             before = scores.summary()
@@ -185,6 +201,13 @@ def _rounds(
         if empty == EMPTY_ROUNDS:
             raise TrainingError(f"{empty} rounds in a row without an update; the last one's reason: {report.reasons()}")
         yield state
+
+
+def _judged(parts: Parts, state: ServerState) -> tuple[HeldOut, dict[str, Any]]:
+    """Return the evaluation that is watched, and what the journal says of it; of a closed model's, as it was asked."""
+    judges = [parts] if parts.closed is None else parts.closed.judges(parts)
+    scores = [evaluate(judge, state) for judge in judges]
+    return scores[0], {name: s.as_dict() for name, s in zip(("held_out", "held_out_full"), scores, strict=False)}
 
 
 def evaluate(parts: Parts, state: ServerState) -> HeldOut:
@@ -206,10 +229,12 @@ def evaluate(parts: Parts, state: ServerState) -> HeldOut:
 
 
 def _check_same_data(folder: RunFolder, now: Mapping[str, Any]) -> None:
-    """Raise CheckpointError where a run would be resumed on other rows or another base than it began with."""
+    """Raise CheckpointError where a run would be resumed on other rows or other models than it began with."""
     before = folder.data()
-    for key, what in (("fingerprint", "the data, its partition or its tokens are"), ("base", "the base's weights are")):
-        if before.get(key) != now[key]:
+    said = {"fingerprint": "the data, its partition or its tokens are", "base": "the base's weights are"}
+    said |= {"emulator": "the emulator's configuration or weights are", "teacher": "the teacher's weights are"}
+    for key, what in said.items():
+        if before.get(key) != now.get(key):
             raise CheckpointError(f"{folder.path}: {what} not what the run began with; restore it, or start a new run")
 
 
@@ -263,7 +288,8 @@ def _closing(
         central = joining.train_centrally(parts, state, lr)
     listener("stage", {"text": "comparing on held-out rows"})
     measures = ["loss", *parts.task.measures, *parts.metrics]
-    closing = joining.compare(parts, state, local, central, measures, tuned)
+    judges = [parts] if parts.closed is None else parts.closed.judges(parts)
+    closing = joining.compare(judges[-1], state, local, central, measures, tuned)
     folder.write_json("closing.json", closing.as_dict())
     listener("closing", {"closing": closing})
     return closing

@@ -54,6 +54,8 @@ class Setting:
     """module path -> the largest rank of any client; empty: the global adapter's"""
     alpha: float = 16.0
     """A pair of rank r is scaled by alpha / r."""
+    steps: int | None = None
+    """Steps of every client in a round; None where that follows from its rows"""
     weight: Callable[[str], Tensor] | None = None
     """module path -> the base's weight, (d_out, d_in), in float32"""
 

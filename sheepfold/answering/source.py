@@ -14,10 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from sheepfold import peft_io
 from sheepfold import state as states
+from sheepfold.adapter_methods import WHOLE
 from sheepfold.config import DataSettings, ModelSettings
 from sheepfold.errors import CheckpointError, ConfigError, ModelError, suggest
 from sheepfold.journal import RunFolder
 from sheepfold.local.store import folder_name
+from sheepfold.offsite.emulator import read
+from sheepfold.offsite.plug import plug
 from sheepfold.tasks import task
 from sheepfold.tasks.base import Task
 from sheepfold.tasks.causal_lm import CAUSAL_LM
@@ -78,7 +81,10 @@ class Source:
     def _shared(self, name: str) -> "Adapter":
         if self.run is None:
             return peft_io.read_peft(self.place(name), self.adapter_config)
-        return states.load(self.run.best if name == BEST else self.run.latest).whole()
+        whole = states.load(self.run.best if name == BEST else self.run.latest).whole()
+        if self.run.experiment().offsite is None:
+            return whole
+        return plug(whole, read(self.run.emulator).cut)
 
     def adapter_hash(self, name: str) -> str | None:
         """Return what tells an adapter from all others; None for the bare base.
@@ -111,7 +117,7 @@ class Source:
     @property
     def is_full(self) -> bool:
         """Whether the clients trained all weights, so that an adapter is a model of its own."""
-        return self.run is not None and self._method == "full"
+        return self.run is not None and self._method in WHOLE
 
 
 def find(

@@ -47,14 +47,18 @@ def carrier(
     *,
     beyond_peft: bool = False,
     task: Task = CAUSAL_LM,
+    only: Sequence[str] | None = None,
 ) -> Carrier:
-    """Return the carrier for adapter.method; raises ConfigError for methods that PEFT does not know."""
+    """Return the carrier for adapter.method; raises ConfigError for methods that PEFT does not know.
+
+    only: the tensors that method full trains, where not all of them.
+    """
     if settings.method == "lora" and beyond_peft:
         return HookCarrier(model, sites, settings.dropout)
     if settings.method == "lora":
         return LoraCarrier(model, sites, settings.dropout, [n for names in task.whole(model).values() for n in names])
     if settings.method == "full":
-        return FullCarrier(model)
+        return FullCarrier(model, only)
     return PeftCarrier(model, settings, seed, task)
 
 
@@ -154,7 +158,6 @@ class PeftCarrier:
     """Any other PEFT method; its trained parameters travel whole, a prompt encoder's own ones included."""
 
     def __init__(self, model: Any, settings: AdapterSettings, seed: int, task: Task = CAUSAL_LM) -> None:
-        hush()
         config = peft_config(settings, model, task)
         try:
             with torch.random.fork_rng():
@@ -183,20 +186,23 @@ class PeftCarrier:
 
 
 class FullCarrier:
-    """All weights of the model; tied weights travel once."""
+    """All weights of the model, or some by name, the others frozen; tied weights travel once."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, only: Sequence[str] | None = None) -> None:
         self.model: Any = model
-        model.requires_grad_(True)
+        named = dict(model.named_parameters())
+        self._trained: dict[str, Tensor] = named if only is None else {name: named[name] for name in only}
+        for parameter in self._trained.values():
+            parameter.requires_grad_(True)
 
     def write(self, adapter: Adapter) -> None:
-        _copy_into(dict(self.model.named_parameters()), adapter)
+        _copy_into(self._trained, adapter)
 
     def read(self) -> Adapter:
-        return Adapter(extra=_copies(dict(self.model.named_parameters())))
+        return Adapter(extra=_copies(self._trained))
 
     def factors(self) -> dict[str, Tensor]:
-        return {f"{name}/extra": p for name, p in self.model.named_parameters()}
+        return {f"{name}/extra": p for name, p in self._trained.items()}
 
 
 class HookCarrier:
@@ -268,6 +274,7 @@ class SideHooks:
 def _wrapped(model: Any, config: Any, name: str) -> Any:
     from peft import get_peft_model
 
+    hush()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # what PEFT asks of transformers is for PEFT to change
         return get_peft_model(model, config, adapter_name=name)

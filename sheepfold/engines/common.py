@@ -3,8 +3,10 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from sheepfold.adapter import Adapter, kind
@@ -163,6 +165,8 @@ class Local:
     adapter: Adapter = field(default_factory=Adapter)
     """What it learned."""
     mean_gradient: Mapping[str, Tensor] = field(default_factory=dict)
+    send: Mapping[str, Tensor] = field(default_factory=dict)
+    """What goes to the server instead of the adapter, where an engine has that (zeroth_order)."""
     own_adapter: Adapter | None = None
     """Ditto: its own adapter."""
     seconds: Mapping[str, float] = field(default_factory=dict)
@@ -207,6 +211,22 @@ class Local:
             why_skipped=self.why_skipped,
             seconds=self.seconds,
         )
+
+
+@torch.no_grad()
+def score_of(task: Task, model: Any, tokens: TokenRows, numbers: np.ndarray, rows: int, device: torch.device) -> Score:
+    """Return what a plain model comes to on rows by number, `rows` at a time: see LocalEngine.scores."""
+    labels = len(task.labels)
+    loss, table = Mean(), np.zeros((labels, labels), dtype=np.int64)
+    numbers = np.asarray(numbers)[np.argsort(tokens.lengths()[numbers], kind="stable")]  # little padding
+    for first in range(0, len(numbers), rows):
+        predicted = task.predict(model, tokens, numbers[first : first + rows], device)
+        losses = predicted.losses()
+        loss += Mean(float(losses.double().sum()), float(len(losses)))
+        if labels:
+            given = predicted.logits.argmax(1)
+            np.add.at(table, (predicted.target.cpu().numpy(), given.cpu().numpy()), 1)
+    return Score(loss, table if labels else None)
 
 
 def with_own(adapter: Adapter, own: Mapping[str, Tensor], prefix: str) -> Adapter:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sheepfold.adapter_methods import WHOLE
 from sheepfold.config import AdapterSettings
 from sheepfold.errors import ConfigError, ModelError, suggest
 from sheepfold.targets import find_targets, is_conv1d, is_linear
@@ -49,7 +50,7 @@ def config_class(method: str) -> Any:
 
 def check_options(settings: AdapterSettings) -> None:
     """Raise ConfigError for a method that PEFT lacks, and for options that its configuration class does not take."""
-    if settings.method in ("lora", "full"):
+    if settings.method in ("lora", *WHOLE):
         return
     fields = {field.name: field for field in dataclasses.fields(config_class(settings.method)) if field.init}
     dora = settings.method == "dora"

@@ -19,11 +19,11 @@ from sheepfold.adapter import Adapter, kind
 from sheepfold.config import AdapterSettings, GenerationSettings, TrainSettings
 from sheepfold.data.rows import TokenRows
 from sheepfold.engines.carriers import PeftCarrier, SideHooks, carrier
-from sheepfold.engines.common import FIRST_LOSS_SCALE, Local, LocalEngine, Work
+from sheepfold.engines.common import FIRST_LOSS_SCALE, Local, LocalEngine, Work, score_of
 from sheepfold.local import optimizers
 from sheepfold.local.rules import Factors, LocalRule
 from sheepfold.local.steps import lr_factor, step_rows
-from sheepfold.metrics import Mean, Score
+from sheepfold.metrics import Score
 from sheepfold.rng import derive
 from sheepfold.state import BatchPlan
 
@@ -43,18 +43,20 @@ class PeftModelEngine(LocalEngine):
         seed: int,
         plan: BatchPlan,
         beyond_peft: bool = False,
+        only: Sequence[str] | None = None,
         **client: Any,
     ) -> None:
         """Make an engine over clients' training rows, {client: row numbers}; `sites` are the modules that LoRA adapts.
 
-        beyond_peft: adapters may hold cores and sparse deltas, for which PEFT has no layers; `client`: see LocalEngine.
+        beyond_peft: adapters may hold cores and sparse deltas, for which PEFT has no layers; only: the tensors that
+        method full trains, where not all; `client`: see LocalEngine.
         The model is the engine's from here on. Raises ConfigError for the optimizer, the method or its options.
         """
         super().__init__(tokens, train_rows, train, elementwise=False, seed=seed, plan=plan, **client)
         first = next(model.parameters())
         self.device, self.half = first.device, first.dtype == torch.float16
         self.side = SideHooks(model, sites)
-        self.carrier = carrier(model, sites, adapter, seed, beyond_peft=beyond_peft, task=self.task)
+        self.carrier = carrier(model, sites, adapter, seed, beyond_peft=beyond_peft, task=self.task, only=only)
 
     def initial(self) -> Adapter:
         """Return the adapter as PEFT initialises it, from this run's seed."""
@@ -130,7 +132,8 @@ class PeftModelEngine(LocalEngine):
             torch.manual_seed(seed)
             for first in range(0, len(rows), self.plan.micro_rows):
                 part = rows[first : first + self.plan.micro_rows]
-                nats = self._judge(part)[0].sum() / targets
+                predicted = self.task.predict(self.carrier.model, self.tokens, part, self.device)
+                nats = predicted.losses().sum() / targets
                 torch.autograd.backward(nats * scale)
                 total += float(nats.detach().double())
         if job.rule.penalty is not None and (penalty := job.rule.penalty(job.factors()).sum()).requires_grad:
@@ -140,25 +143,15 @@ class PeftModelEngine(LocalEngine):
                 p.grad.div_(scale)
         return total
 
-    def _judge(self, rows: Sequence[int] | np.ndarray) -> tuple[Tensor, Tensor | None]:
-        return self.task.judge(self.carrier.model, self.tokens, [int(n) for n in rows], self.device)
-
-    @torch.no_grad()
     def scores(self, adapters: Sequence[Adapter], work: Work, rows: int) -> list[Score]:
         """Return what adapters[a] come to on the given rows, for each (a, row numbers) of the work."""
-        labels = len(self.task.labels)
-        means, tables = [Mean()] * len(work), np.zeros((len(work), labels, labels), dtype=np.int64)
+        found = [Score()] * len(work)
         for a, adapter in enumerate(adapters):
             with self._showing(adapter):
                 for i, (owner, numbers) in enumerate(work):
-                    for first in range(0, len(numbers) if owner == a else 0, rows):
-                        part = numbers[first : first + rows]
-                        losses, given = self._judge(part)
-                        means[i] += Mean(float(losses.double().sum()), float(len(losses)))
-                        if given is not None:
-                            true = [int(self.tokens.row(int(n))[0][-1]) for n in part]
-                            np.add.at(tables[i], (np.array(true), given.cpu().numpy()), 1)
-        return [Score(mean, table if labels else None) for mean, table in zip(means, tables, strict=True)]
+                    if owner == a:
+                        found[i] = score_of(self.task, self.carrier.model, self.tokens, numbers, rows, self.device)
+        return found
 
     def generate(
         self, adapters: Sequence[Adapter], work: Work, settings: GenerationSettings, pad_id: int, eos: Sequence[int]

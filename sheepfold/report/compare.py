@@ -9,6 +9,7 @@ from typing import Any
 from sheepfold.errors import ConfigError
 from sheepfold.report.facts import RunFacts
 from sheepfold.report.intervals import Interval, difference, interval
+from sheepfold.report.lines import is_share, title
 
 ONE_GROUP = frozenset({"seed", "name", "output", "cache", "device", "keep_rounds"})
 """Options that may differ inside a group: they are no part of what is compared."""
@@ -68,11 +69,18 @@ def _labels(firsts: Sequence[RunFacts]) -> list[str]:
     """Return what tells groups apart in few words: the strategy, else the option that differs, else the run's name."""
     found = differing(firsts)
     choices = [[run.strategy for run in firsts]]
-    choices += [[f"{key.rpartition('.')[2]} {said(option(run, key))}" for run in firsts] for key in found[:2]]
+    options = [[f"{key.rpartition('.')[2]} {said(option(run, key))}" for run in firsts] for key in found[:2]]
+    choices += [*options, *(_with(choices[0], told) for told in options)]
     for labels in [*choices, [run.name for run in firsts]]:
         if len(set(labels)) == len(firsts) and max(map(len, labels)) <= 40:
             return labels
     return [f"{run.name} ({i})" for i, run in enumerate(firsts, 1)]
+
+
+def _with(strategies: Sequence[str], told: Sequence[str]) -> list[str]:
+    """Return the strategies, with an option's value where several experiments have the same."""
+    pairs = zip(strategies, told, strict=True)
+    return [f"{name} with {value}" if strategies.count(name) > 1 else name for name, value in pairs]
 
 
 def differing(runs: Sequence[RunFacts]) -> list[str]:
@@ -123,18 +131,29 @@ def metric_curve(run: RunFacts, metric: str) -> dict[int, float]:
     return {r.round: r.metrics[metric] for r in run.rounds if metric in r.metrics}
 
 
+def teacher_curve(run: RunFacts, metric: str) -> dict[int, float]:
+    """Return round -> the loss ('loss') or a further measure of the server's teacher."""
+    return {r.round: r.teacher[metric] for r in run.rounds if metric in r.teacher}
+
+
 def figures(runs: Sequence[RunFacts]) -> list[Figure]:
     """Return the closing figures that at least one of the runs has, in the order of the page."""
     metrics = dict.fromkeys(m for run in runs if run.closing for m in run.closing.metrics)
+    measured = dict.fromkeys(m for run in runs for r in run.rounds for m in r.metrics)
+    taught = dict.fromkeys(m for run in runs for r in run.rounds for m in r.teacher)
     asked = [
         Figure("held-out loss at the start", "loss", 0, lambda run: _end(run, 0)),
         Figure("held-out loss at the end", "loss", -1, lambda run: _end(run, -1)),
+        *(_measured(metric) for metric in measured),
+        *(_taught(metric) for metric in taught),
         *(_shared(metric, who) for metric in metrics for who in ("base", "federated", "centralised")),
         *(_helped(measure) for measure in [*metrics, "loss"]),
         Figure("sent up per client and round", "bytes", -1, bytes_per_answer),
         Figure("sent up in all", "bytes", -1, lambda run: float(sum(r.uplink_bytes for r in run.trained)) or None),
         Figure("sent down in all", "bytes", -1, lambda run: float(sum(r.downlink_bytes for r in run.trained)) or None),
         Figure("seconds of training", "seconds", -1, lambda run: run.seconds("round") or None),
+        Figure("seconds of these on the server", "seconds", 0, lambda run: run.seconds("server") or None),
+        Figure("seconds of evaluation", "seconds", 0, lambda run: run.seconds("evaluation") or None),
     ]
     return [figure for figure in asked if any(figure.of(run) is not None for run in runs)]
 
@@ -150,11 +169,30 @@ def _end(run: RunFacts, at: int) -> float | None:
     return values[at] if values else None
 
 
+def _measured(metric: str) -> Figure:
+    def of(run: RunFacts) -> float | None:
+        return next(reversed(metric_curve(run, metric).values()), None)
+
+    return Figure(f"{title(metric)} at the end", _kind(metric), -1 if "loss" in metric else 1, of)
+
+
+def _taught(metric: str) -> Figure:
+    def of(run: RunFacts) -> float | None:
+        return next(reversed(teacher_curve(run, metric).values()), None)
+
+    return Figure(f"the teacher's {title(metric)} at the end", _kind(metric), 0, of)
+
+
+def _kind(metric: str) -> str:
+    return "share" if is_share(metric) else "number"
+
+
 def _shared(metric: str, who: str) -> Figure:
     def of(run: RunFacts) -> float | None:
         return run.closing.scores.get(metric, {}).get("shared", {}).get(who) if run.closing else None
 
-    return Figure(f"{metric.replace('_', ' ')}, {who}, on everybody's rows", "share", int(who == "federated"), of)
+    named = f"{title(metric)}, {who}, on everybody's rows"
+    return Figure(named, _kind(metric), int(who == "federated"), of)
 
 
 def _helped(measure: str) -> Figure:
@@ -162,7 +200,7 @@ def _helped(measure: str) -> Figure:
         better, _, compared = run.closing.helped(measure) if run.closing else (0, 0, 0)
         return better / compared if compared else None
 
-    return Figure(f"clients better off than alone, by {measure.replace('_', ' ')}", "share", 1, of)
+    return Figure(f"clients better off than alone, by {title(measure)}", "share", 1, of)
 
 
 def against(first: Group, other: Group, figure: Figure) -> Interval | None:

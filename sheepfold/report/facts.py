@@ -17,37 +17,13 @@ from sheepfold.journal import RunFolder
 from sheepfold.local.store import folder_name
 from sheepfold.report.adapters import AdapterFiles, read_adapter
 from sheepfold.report.benchmarks import Benchmark, read_benchmarks
+from sheepfold.report.lines import Round, numbers, read_round
 
 SLACK_S = 2.0
 """A closing table older than the journal by more than this was made before the run went on."""
 
 Phase = Literal["waiting", "training", "comparing", "judging", "finished", "stopped early"]
 """comparing: training baselines, and the closing table; judging: benchmarks (evaluation.tasks)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Round:
-    """One line of the journal; round 0 is the evaluated start."""
-
-    round: int
-    clients: int
-    """Clients whose updates arrived."""
-    absent: Mapping[str, str]
-    """Sampled clients without an update, and why."""
-    skipped: Mapping[str, tuple[int, str]]
-    """client -> (steps not taken, why)"""
-    steps: int
-    """Optimizer steps of the clients that answered, in sum."""
-    train_loss: float | None
-    loss: Mapping[str, float]
-    """Held-out loss by key, nats per target token; empty where the round was not evaluated."""
-    metrics: Mapping[str, float]
-    """Further measures of the round, where the journal has some."""
-    rose: bool
-    uplink_bytes: int
-    downlink_bytes: int
-    seconds: Mapping[str, float]
-    """round, data, forward, backward, step, evaluation; stages are sums over clients' shares of their passes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +86,22 @@ class RunFacts:
         return min(scored, key=lambda r: r.loss[self.key], default=None)
 
     @property
+    def target(self) -> str:
+        """What a loss is a mean over, one of: token, row (each has one label)."""
+        return "row" if self.settings.get("task") == "classification" else "token"
+
+    @property
+    def where(self) -> str:
+        """On what the figures that the report follows were taken."""
+        return "on the global test set" if self.key == "global" else f"over all clients' {self.target}s"
+
+    @property
+    def where_taught(self) -> str:
+        """On what the teacher's figures were taken."""
+        has_test_set = any("global" in r.loss for r in self.rounds)
+        return "on the global test set" if has_test_set else f"over all clients' {self.target}s"
+
+    @property
     def strategy(self) -> str:
         """The method, outermost first."""
         named = self.settings["federation"]["strategy"]
@@ -137,7 +129,7 @@ def read_run(path: Path) -> RunFacts:
     settings = experiment.model_dump(mode="json")
     lines = folder.lines()
     try:
-        rounds = [_round(line) for line in lines]
+        rounds = [read_round(line) for line in lines]
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(
             f"{path / 'rounds.jsonl'}: a line is not one of a run ({error!r}); was it edited?"
@@ -166,41 +158,6 @@ def read_run(path: Path) -> RunFacts:
     )
 
 
-def _round(line: Mapping[str, Any]) -> Round:
-    held, clients = line.get("held_out", {}), line.get("clients", {})
-    skipped = {c: (m["skipped_steps"], m.get("why_skipped", "")) for c, m in clients.items() if m.get("skipped_steps")}
-    return Round(
-        round=int(line["round"]),
-        clients=len(clients),
-        absent=line.get("absent", {}),
-        skipped=skipped,
-        steps=sum(m.get("steps", 0) for m in clients.values()),
-        train_loss=line.get("train_loss"),
-        loss=_numbers(held.get("loss", {})),
-        metrics=_measures(held),
-        rose=bool(line.get("rose")),
-        uplink_bytes=line.get("uplink_bytes", 0),
-        downlink_bytes=line.get("downlink_bytes", 0),
-        seconds=_numbers(line.get("seconds", {})),
-    )
-
-
-def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
-    """Return what is a number: the journal has null where a figure was not finite."""
-    return {name: float(v) for name, v in values.items() if isinstance(v, int | float)}
-
-
-def _measures(held: Mapping[str, Any]) -> dict[str, float]:
-    """Return the measures beside the loss: a number, or a mapping with `weighted` or `global` as the loss has it."""
-    found = {}
-    for name, value in held.items():
-        if name not in ("loss", "clients"):
-            of = value if not isinstance(value, Mapping) else value.get("weighted", value.get("global"))
-            if isinstance(of, int | float):
-                found[name] = float(of)
-    return found
-
-
 def _written(path: Path) -> float | None:
     return path.stat().st_mtime if path.is_file() else None
 
@@ -213,7 +170,7 @@ def _closing(path: Path) -> tuple[Closing | None, bool]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         scores = {
-            measure: {rows: _numbers(who) for rows, who in table.items()} for measure, table in found["scores"].items()
+            measure: {rows: numbers(who) for rows, who in table.items()} for measure, table in found["scores"].items()
         }
         closing = Closing(scores, found["clients"], found["shared_rows"], [m for m in scores if m != "loss"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

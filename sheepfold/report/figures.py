@@ -6,30 +6,21 @@ Colours are Okabe and Ito's (jfly.uni-koeln.de/color), those of at least 3:1 on 
 import json
 from collections.abc import Mapping, Sequence
 from html import escape
+from types import MappingProxyType
 from typing import Any
 
 import plotly.graph_objects as go
 
+from sheepfold.report.compare import metric_curve, teacher_curve
 from sheepfold.report.facts import RunFacts
 from sheepfold.report.intervals import Interval
+from sheepfold.report.lines import is_share, title
 
 BLUE, VERMILLION, GREEN, PURPLE, GREY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#7a8783"
-COLOURS = (BLUE, VERMILLION, GREEN, PURPLE, GREY, "#4699cb")
+COLOURS = (BLUE, VERMILLION, GREEN, PURPLE, GREY, "#4699cb", "#b07d2b")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 MARKERS = ("circle", "square", "diamond", "triangle-up", "x", "triangle-down", "star")
-PATTERNS = ("", "/", "x", ".", "-", "\\")
-WHO = {
-    "base": (GREY, "circle-open", "base"),
-    "local": (VERMILLION, "square", "alone"),
-    "federated": (BLUE, "circle", "federated"),
-    "personal": (GREEN, "diamond", "personal"),
-    "centralised": (PURPLE, "triangle-up-open", "all rows in one place"),
-}
-"""Who is scored: colour, marker, name on the page."""
-
-
-TIED = 0.012
-"""Marks closer than this share of a chart's width, half a mark on a wide page, would cover each other."""
+PATTERNS = ("", "/", "x", ".", "-", "\\", "|")
 
 
 def safe(text: str) -> str:
@@ -47,7 +38,8 @@ def as_json(figure: go.Figure) -> str:
     return json.dumps(figure.to_plotly_json(), separators=(",", ":")).replace("<", "\\u003c").replace("&", "\\u0026")
 
 
-def _figure(x: str, y: str, height: int = 380, **layout: Any) -> go.Figure:
+def blank(x: str, y: str, height: int = 380, **layout: Any) -> go.Figure:
+    """Return an empty chart with its axes named."""
     axis = {"automargin": True, "zeroline": False, "showline": True, "ticks": "outside", "fixedrange": True}
     made = go.Figure()
     made.update_layout(
@@ -71,7 +63,7 @@ def _over_rounds(rounds: Sequence[int], y: str, height: int = 400) -> go.Figure:
     """Return an empty chart over rounds, whose ticks are whole."""
     last = max(rounds, default=1)
     step = next(s for s in (1, 2, 5, 10, 20, 50, 100, 200, 500, 10**9) if last / s <= 12)
-    made = _figure("round", y, height)
+    made = blank("round", y, height)
     made.update_xaxes(tick0=0, dtick=step, range=[-0.03 * last - 0.05, 1.03 * last + 0.05])
     return made
 
@@ -93,7 +85,7 @@ def _line(name: str, points: Mapping[int, float], style: int, digits: str, **mor
 def loss(run: RunFacts) -> go.Figure:
     """Return held-out and training loss per round, with the spread over clients, the best round and rises."""
     rounds = [r.round for r in run.rounds]
-    made = _over_rounds(rounds, "loss, nats per token")
+    made = _over_rounds(rounds, f"loss, nats per {run.target}")
     spread = [r for r in run.evaluated if {"best_decile", "worst_decile"} <= r.loss.keys()]
     at = [r.round for r in spread]
     if spread:
@@ -104,11 +96,14 @@ def loss(run: RunFacts) -> go.Figure:
             fillcolor="rgba(0,114,178,0.15)", **edge,
         )  # fmt: skip
     names = {"weighted": "held-out", "global": "held-out, global test set", "never_sampled": "never-sampled clients"}
-    for style, (key, name) in zip((0, 2, 3), names.items(), strict=True):
+    for i, (key, name) in enumerate(names.items()):
+        style = 0 if key == run.key else (5, 2, 3)[i]
         points = {r.round: r.loss[key] for r in run.evaluated if key in r.loss}
         if points and not (key == "never_sampled" and list(points) == [0]):  # before round 1 nobody was sampled
             made.add_trace(_line(name, points, style, ".3f"))
     made.add_trace(_line("training", {r.round: v for r in run.trained if (v := r.train_loss) is not None}, 1, ".3f"))
+    if taught := teacher_curve(run, "loss"):
+        made.add_trace(_line("the server's teacher", taught, 4, ".3f"))
     _mark(made, run)
     return made
 
@@ -131,65 +126,17 @@ def _mark(made: go.Figure, run: RunFacts) -> None:
 
 def measures(run: RunFacts, metric: str) -> go.Figure:
     """Return a further measure per round."""
-    points = {r.round: r.metrics[metric] for r in run.rounds if metric in r.metrics}
-    made = _over_rounds(list(points), metric.replace("_", " "), 320)
-    made.add_trace(_line(metric.replace("_", " "), points, 0, ".3f", showlegend=False))
-    return made
+    points, taught = metric_curve(run, metric), teacher_curve(run, metric)
+    digits = ".1%" if is_share(metric) else ".3f"
+    made = _over_rounds(list(points), title(metric), 320)
+    made.add_trace(_line(title(metric), points, 0, digits, showlegend=bool(taught)))
+    if taught:
+        made.add_trace(_line("the server's teacher", taught, 4, digits))
+    return _percent(made, metric)
 
 
-def dumbbells(clients: Sequence[str], scores: Mapping[str, Mapping[str, float]], measure: str, it: str) -> go.Figure:
-    """Return a row a client: a mark for each score, and a bar from alone to `it`, which a client that joined has."""
-    named = measure.replace("_", " ")
-    made = _figure(
-        "nats per token" if measure == "loss" else named,
-        "",
-        height=110 + 28 * max(3, len(clients)),
-        hovermode="closest",
-    )
-    most = max((value for c in clients for value in scores.get(c, {}).values()), default=1.0)
-    held = {client: scores.get(client, {}) for client in clients}
-    at = {c: {w: i + off for w, off in apart(held[c], TIED * most).items()} for i, c in enumerate(clients)}
-    for client, own in held.items():
-        if {"local", it} <= own.keys():
-            made.add_scatter(
-                x=[own["local"], own[it]], y=[at[client]["local"], at[client][it]], mode="lines", showlegend=False,
-                hoverinfo="skip", line={"color": GREY, "width": 2},
-            )  # fmt: skip
-    for who, (colour, symbol, label) in WHO.items():
-        having = [client for client in clients if who in held[client]]
-        if having:
-            made.add_scatter(
-                x=[held[c][who] for c in having], y=[at[c][who] for c in having], name=label, mode="markers",
-                marker={"color": colour, "symbol": symbol, "size": 10, "line": {"width": 2 if "open" in symbol else 0}},
-                text=[safe(client) for client in having],
-                hovertemplate="%{text}: %{x:.3f}" if measure == "loss" else "%{text}: %{x:.1%}",
-            )  # fmt: skip
-    made.update_yaxes(range=[len(clients) - 0.3, -0.7], ticklabelstandoff=6, tickvals=list(range(len(clients))))
-    made.update_yaxes(ticktext=[safe(shortened(client)) for client in clients])
-    made.update_xaxes(showgrid=True, range=[-0.03 * most, 1.04 * most])
-    if measure != "loss":
-        made.update_xaxes(tickformat=".0%")
-    return made
-
-
-def apart(scores: Mapping[str, float], tied: float) -> dict[str, float]:
-    """Return who -> how far from its row's middle a mark lies, in rows: those within `tied` of each other spread out.
-
-    A mark that another one covers would say that a score is missing.
-    """
-    order = [w for w in sorted(WHO, key=lambda w: scores.get(w, 0.0)) if w in scores]
-    groups: list[list[str]] = []
-    for who in order:
-        if groups and scores[who] - scores[groups[-1][-1]] <= tied:
-            groups[-1].append(who)
-        else:
-            groups.append([who])
-    found: dict[str, float] = {}
-    for group in groups:
-        step = min(0.3, 0.84 / max(1, len(group) - 1))
-        ranked = [who for who in WHO if who in group]
-        found |= {who: step * (i - (len(ranked) - 1) / 2) for i, who in enumerate(ranked)}
-    return found
+def _percent(made: go.Figure, measure: str) -> go.Figure:
+    return made.update_yaxes(tickformat=".0%") if is_share(measure) else made
 
 
 def stacked(rounds: Sequence[int], parts: Mapping[str, Sequence[float]], y: str) -> go.Figure:
@@ -209,20 +156,42 @@ def stacked(rounds: Sequence[int], parts: Mapping[str, Sequence[float]], y: str)
     return made
 
 
-def curves(groups: Mapping[str, Mapping[int, Interval]], y: str, digits: str = ".3f") -> go.Figure:
-    """Return a line a group over rounds; a band where its runs, under several seeds, give an interval."""
+def curves(
+    groups: Mapping[str, Mapping[int, Interval]],
+    y: str,
+    measure: str = "loss",
+    taught: Mapping[str, Mapping[int, Interval]] = MappingProxyType({}),
+) -> go.Figure:
+    """Return a line a group over rounds; a band where its runs, under several seeds, give an interval.
+
+    taught: the lines of the groups' teachers, dashed, thinner and with open marks, in the colour of their group.
+    """
     rounds = [r for points in groups.values() for r in points]
     made = _over_rounds(rounds, y, 440)
+    digits = ".1%" if is_share(measure) else ".3f"
     for style, (name, points) in enumerate(groups.items()):
-        known = {r: i for r, i in points.items() if i.reach is not None}
-        if known:
-            colour = COLOURS[style % len(COLOURS)]
-            red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
-            edge = {"mode": "lines", "line": {"width": 0}, "hoverinfo": "skip", "showlegend": False, "x": list(known)}
-            made.add_scatter(y=[i.mean + (i.reach or 0) for i in known.values()], **edge)
-            made.add_scatter(
-                y=[i.mean - (i.reach or 0) for i in known.values()], fill="tonexty",
-                fillcolor=f"rgba({red},{green},{blue},0.16)", **edge,
-            )  # fmt: skip
-        made.add_trace(_line(name, {r: i.mean for r, i in points.items()}, style, digits))
-    return made
+        _band(made, points, COLOURS[style % len(COLOURS)])
+        made.add_trace(_line(name, _means(points), style, digits))
+        if theirs := taught.get(name):
+            line = _line(f"{name}: teacher", _means(theirs), style, digits)
+            symbol = f"{MARKERS[style % len(MARKERS)]}-open"
+            made.add_trace(line.update(line={"dash": "4px,3px", "width": 1.4}, marker={"symbol": symbol, "size": 6}))
+    return _percent(made, measure)
+
+
+def _means(points: Mapping[int, Interval]) -> dict[int, float]:
+    return {r: i.mean for r, i in points.items()}
+
+
+def _band(made: go.Figure, points: Mapping[int, Interval], colour: str) -> None:
+    """Draw the intervals, where there are any."""
+    known = {r: i for r, i in points.items() if i.reach is not None}
+    if not known:
+        return
+    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    edge = {"mode": "lines", "line": {"width": 0}, "hoverinfo": "skip", "showlegend": False, "x": list(known)}
+    made.add_scatter(y=[i.mean + (i.reach or 0) for i in known.values()], **edge)
+    made.add_scatter(
+        y=[i.mean - (i.reach or 0) for i in known.values()], fill="tonexty",
+        fillcolor=f"rgba({red},{green},{blue},0.16)", **edge,
+    )  # fmt: skip

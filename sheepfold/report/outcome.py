@@ -5,10 +5,12 @@ from collections.abc import Mapping, Sequence
 from importlib import metadata
 
 from sheepfold.joining import Closing
-from sheepfold.report import figures, html, words
+from sheepfold.report import html, words
 from sheepfold.report.benchmarks import Benchmark
+from sheepfold.report.dumbbells import WHO, dumbbells
 from sheepfold.report.facts import RunFacts
 from sheepfold.report.html import Raw, paragraph, section, table
+from sheepfold.report.lines import is_share, title
 
 MOST_DRAWN = 40
 """Clients that the chart of joining draws; the table has all."""
@@ -28,7 +30,7 @@ def joining(run: RunFacts) -> str:
         return section(name, heading, paragraph(why + stale * run.stale_closing))
     parts = [_missing(run, closing)]
     for i, measure in enumerate(m for m in [*closing.metrics, "loss"] if m in closing.scores):
-        parts += [f"<h3>{html.text(words.title(measure).capitalize())}</h3>", _measure(run, closing, measure, i)]
+        parts += [f"<h3>{html.text(title(measure).capitalize())}</h3>", _measure(run, closing, measure, i)]
     return section(name, heading, *parts)
 
 
@@ -69,11 +71,12 @@ def _own_rows(run: RunFacts, closing: Closing) -> str:
 
 def _measure(run: RunFacts, closing: Closing, measure: str, number: int) -> str:
     scores, it = closing.scores[measure], closing.joined
-    who = [w for w in figures.WHO if any(w in scores.get(c, {}) for c in closing.clients)]
+    who = [w for w in WHO if any(w in scores.get(c, {}) for c in closing.clients)]
+    if not who:
+        return _of_everybody(closing, measure)
     sign = -1 if measure == "loss" else 1
     gains = {c: sign * (scores[c][it] - scores[c]["local"]) for c in closing.clients if _both(scores, c, it)}
-    drawn, which = _drawn(closing, gains)
-    head = ["rows of", *(figures.WHO[w][2] for w in who), *(["gain over alone"] if gains else [])]
+    head = ["rows of", *(WHO[w][2] for w in who), *(["gain over alone"] if gains else [])]
 
     def row(client: str) -> list[html.Cell | Raw]:
         own = [words.figure(scores.get(client, {}).get(w), measure) for w in who]
@@ -84,14 +87,26 @@ def _measure(run: RunFacts, closing: Closing, measure: str, number: int) -> str:
     for w in who:
         value = (min if measure == "loss" else max)(alone) if w == "local" and alone else shared.get(w)
         everybody.append(words.figure(value, measure) + " (best client)" * (w == "local" and bool(alone)))
-    caption = f"{words.title(measure).capitalize()} on each client's own held-out rows, and on everybody's"
+    caption = f"{title(measure).capitalize()} on each client's own held-out rows, and on everybody's"
     foot = [[*everybody, *([""] if gains else [])]] if shared else []
     data = table(caption, head, map(row, closing.clients), foot=foot)
+    drawn, which = _drawn(closing, gains)
     said = words.helped(closing, measure)
     which += " Left is better." if measure == "loss" else " Right is better."
     which += " Marks that would cover each other lie one below the other." + _own_rows(run, closing)
     says = f"Joining beat training alone on {said}. {which}" if said else which
-    return html.chart(f"joining-{number}", figures.dumbbells(drawn, scores, measure, it), says, data)
+    return html.chart(f"joining-{number}", dumbbells(drawn, scores, measure, it, run.target), says, data)
+
+
+def _of_everybody(closing: Closing, measure: str) -> str:
+    """Return the scores where no client has held-out rows of its own: there is nothing to draw client by client."""
+    shared = closing.scores[measure].get("shared", {})
+    rows = [[label, words.figure(shared[w], measure)] for w, (_, _, label) in WHO.items() if w in shared]
+    rows += [
+        [f"{c}, alone", words.figure(shared[f"local:{c}"], measure)] for c in closing.clients if f"local:{c}" in shared
+    ]
+    caption = f"{title(measure).capitalize()} on everybody's {closing.shared_rows:,} rows; no client has its own"
+    return table(caption, ["who", title(measure)], rows)
 
 
 def _both(scores: Mapping[str, Mapping[str, float]], client: str, it: str) -> bool:
@@ -115,7 +130,7 @@ def _signed(value: float | None, measure: str) -> str:
     """Return a gain, more is better; the word keeps it readable without colour."""
     if value is None:
         return "–"
-    return f"{value:+.3f}" if measure == "loss" else f"{100 * value:+.1f} points"
+    return f"{100 * value:+.1f} points" if is_share(measure) else f"{value:+.3f}"
 
 
 def benchmarks(results: Sequence[tuple[str, Sequence[Benchmark]]]) -> str:

@@ -5,6 +5,7 @@ from sheepfold.report import figures, html, words
 from sheepfold.report.adapters import AdapterFiles, spread
 from sheepfold.report.facts import RunFacts
 from sheepfold.report.html import Raw, paragraph, section, table
+from sheepfold.report.lines import title
 
 MOST_ADAPTERS = 40
 """Personal adapters that are listed one by one."""
@@ -17,30 +18,34 @@ def learning(run: RunFacts) -> str:
     every = ("weighted", "plain", "best_decile", "worst_decile", "never_sampled", "global")
     keys = [k for k in every if any(k in r.loss for r in run.rounds)]
     metrics = list(dict.fromkeys(m for r in run.rounds for m in r.metrics))
+    taught = [m for m in ("loss", *metrics) if any(m in r.teacher for r in run.rounds)]
     best = run.best.round if run.best else None
     rows = [
         [
             str(r.round) if r.round else "start",
             words.figure(r.train_loss),
             *(words.figure(r.loss.get(k)) for k in keys),
-            *(words.figure(r.metrics.get(m), "number") for m in metrics),
+            *(words.figure(r.metrics.get(m), m) for m in metrics),
+            *(words.figure(r.teacher.get(m), m) for m in taught),
             ", ".join(["lowest"] * (r.round == best) + ["rose"] * r.rose),
         ]
         for r in run.rounds
     ]
-    head = ["round", "training", *(k.replace("_", " ") for k in keys), *metrics, "note"]
-    data = table("Loss by round, nats per token; held-out but for training", head, rows, words=[len(head) - 1])
+    head = ["round", "training", *(k.replace("_", " ") for k in keys), *map(title, metrics)]
+    head += [*("teacher's " + (m if m == "loss" else title(m)) for m in taught), "note"]
+    data = table(f"Loss by round, nats per {run.target}; held-out but for training", head, rows, words=[len(head) - 1])
     charts = [html.chart("loss", figures.loss(run), _loss_says(run), data)]
     for i, metric in enumerate(metrics):
+        whose = [title(metric), *(["teacher's"] if metric in taught else [])]
         rows = [
-            [str(r.round) if r.round else "start", words.figure(r.metrics[metric], "number")]
+            [str(r.round) if r.round else "start", *(words.figure(of.get(metric), metric) for of in both)]
             for r in run.rounds
-            if metric in r.metrics
+            if metric in r.metrics and (both := [r.metrics, r.teacher][: len(whose)])
         ]
-        says = f"{words.title(metric).capitalize()} after each evaluated round."
-        charts.append(
-            html.chart(f"metric-{i}", figures.measures(run, metric), says, table(says, ["round", metric], rows))
-        )
+        theirs = f"; dashed, the server's teacher {run.where_taught}" if metric in taught else ""
+        says = f"{title(metric).capitalize()} {run.where}, after each evaluated round{theirs}."
+        data = table(says, ["round", *whose], rows)
+        charts.append(html.chart(f"metric-{i}", figures.measures(run, metric), says, data))
     if run.closing and run.closing.metrics and not metrics:
         charts.append(paragraph("Answers were generated and scored at the end only: see joining, below.", "note"))
     return section("rounds", "Loss and metrics per round" if metrics else "Loss per round", *charts)

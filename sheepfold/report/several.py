@@ -1,6 +1,7 @@
 """The page of several runs: groups over seeds, their curves, closing figures, and differences with intervals."""
 
 from collections.abc import Sequence
+from functools import partial
 from html import escape
 
 from sheepfold.display import size
@@ -15,11 +16,13 @@ from sheepfold.report.compare import (
     metric_curve,
     option,
     said,
+    teacher_curve,
 )
 from sheepfold.report.compare import figures as closing_figures
 from sheepfold.report.facts import RunFacts
 from sheepfold.report.html import paragraph, section, table
 from sheepfold.report.intervals import Interval, interval
+from sheepfold.report.lines import is_share, title
 
 
 def content(runs: Sequence[RunFacts], groups: Sequence[Group], now: float | None = None) -> str:
@@ -46,7 +49,9 @@ def verdict(runs: Sequence[RunFacts], groups: Sequence[Group]) -> list[str]:
     found = closing_figures(runs)
     kinds = "experiments that differ in their options" if len(groups) > 1 else "experiment under several seeds"
     sentences = [f"{words.plural(len(runs), 'run')} of {len(groups)} {kinds}: {', '.join(map(_named, groups))}."]
-    main = [f for f in found if f.name == "held-out loss at the end" or (f.better == 1 and "federated" in f.name)]
+    last = [f for f in found if f.better and f.name.endswith(" at the end")]
+    joined = [f for f in found if f.better == 1 and ", federated," in f.name]
+    main = last + [f for f in joined if f"{f.name.partition(',')[0]} at the end" not in {end.name for end in last}]
     for figure in main:
         means = {g.label: figure_mean(g, figure) for g in groups}
         ends = ", ".join(f"{label} {_said(mean, figure)}" for label, mean in means.items() if mean is not None)
@@ -103,20 +108,27 @@ def _said(mean: Interval | None, figure: Figure) -> str:
 
 
 def _curves(runs: Sequence[RunFacts], groups: Sequence[Group]) -> str:
-    """Return held-out loss, and every further measure, of all groups over rounds."""
+    """Return held-out loss, and every further measure, of all groups over rounds; dashed, those of their teachers."""
+    where = {run.where for run in runs if run.evaluated}
+    on = where.pop() if len(where) == 1 else "where measured"
+    elsewhere = {run.where_taught for run in runs if any(r.teacher for r in run.rounds)} - {on}
+    unit = {run.target for run in runs}
+    nats = f"held-out loss, nats per {unit.pop() if len(unit) == 1 else 'target'}"
     parts = []
-    curves = {g.label: g.curve(loss_curve) for g in groups}
-    keys = {run.key for run in runs if run.evaluated}
-    which = "over all clients' tokens" if keys == {"weighted"} else "where measured"
-    if any(curves.values()):
-        says = f"Held-out loss {which}, by round{_band(groups)}."
-        parts.append(
-            html.chart("loss", figures.curves(curves, "held-out loss, nats per token"), says, _data(says, curves))
-        )
-    for i, metric in enumerate(dict.fromkeys(m for run in runs for r in run.rounds for m in r.metrics)):
-        curves = {g.label: g.curve(lambda run, metric=metric: metric_curve(run, metric)) for g in groups}  # type: ignore[misc]
-        says = f"{words.title(metric).capitalize()} by round{_band(groups)}."
-        parts.append(html.chart(f"metric-{i}", figures.curves(curves, words.title(metric)), says, _data(says, curves)))
+    for i, measure in enumerate(["loss", *dict.fromkeys(m for run in runs for r in run.rounds for m in r.metrics)]):
+        of = loss_curve if measure == "loss" else partial(metric_curve, metric=measure)
+        curves = {g.label: g.curve(of) for g in groups}
+        taught = {g.label: g.curve(partial(teacher_curve, metric=measure)) for g in groups}
+        taught = {label: points for label, points in taught.items() if points}
+        if not any(curves.values()):
+            continue
+        named = "held-out loss" if measure == "loss" else title(measure)
+        dashed = " ".join(["; with open marks, the teacher that the server trains", *elsewhere]) if taught else ""
+        says = f"{named.capitalize()} by round, {on}{dashed}{_band(groups)}."
+        drawn = figures.curves(curves, nats if measure == "loss" else named, measure, taught)
+        columns = curves | {f"{label}: teacher": points for label, points in taught.items()}
+        data = _data(says, columns, measure)
+        parts.append(html.chart("loss" if measure == "loss" else f"metric-{i - 1}", drawn, says, data))
     return section("curves", "Round by round", *(parts or [paragraph("No round was evaluated.")]))
 
 
@@ -128,15 +140,10 @@ def _band(groups: Sequence[Group]) -> str:
     )
 
 
-def _data(says: str, curves: dict[str, dict[int, Interval]]) -> str:
+def _data(says: str, curves: dict[str, dict[int, Interval]], measure: str) -> str:
     rounds = sorted(set().union(*curves.values()))
-
-    def cell(mean: Interval | None) -> str:
-        if mean is None:
-            return "–"
-        return f"{mean.mean:.3f}" + (f" ± {mean.reach:.3f}" if mean.reach is not None else "")
-
-    rows = [[str(r) if r else "start", *(cell(c.get(r)) for c in curves.values())] for r in rounds]
+    kind = Figure(measure, "share" if is_share(measure) else "number", 0, lambda run: None)
+    rows = [[str(r) if r else "start", *(_said(c.get(r), kind) for c in curves.values())] for r in rounds]
     return table(says, ["round", *curves], rows)
 
 

@@ -7,7 +7,7 @@ from sheepfold.report import figures, html, words
 from sheepfold.report.facts import RunFacts
 from sheepfold.report.html import paragraph, section, table
 
-STAGES = ("data", "forward", "backward", "step")
+STAGES = ("data", "forward", "backward", "step", "server")
 
 
 def cost(run: RunFacts) -> str:
@@ -17,6 +17,8 @@ def cost(run: RunFacts) -> str:
         return section("cost", "Time and traffic", paragraph("No round is finished yet."))
     at = [r.round for r in trained]
     names = {"forward": "forward", "backward": "backward", "step": "optimizer step", "data": "data"}
+    if any("server" in r.seconds for r in trained):
+        names["server"] = "server's training"
     parts: dict[str, list[float]] = {name: [r.seconds.get(s, 0.0) for r in trained] for s, name in names.items()}
     rest = [max(0.0, r.seconds.get("round", 0.0) - sum(r.seconds.get(s, 0.0) for s in STAGES)) for r in trained]
     parts |= {"fold and the rest": rest, "evaluation": [r.seconds.get("evaluation", 0.0) for r in trained]}
@@ -39,7 +41,8 @@ def cost(run: RunFacts) -> str:
 
 def _seconds_says(run: RunFacts, parts: dict[str, list[float]]) -> str:
     total = run.seconds("round") or 1.0
-    shares = {name: sum(parts[name]) / total for name in ("forward", "backward", "optimizer step")}
+    told = ("forward", "backward", "optimizer step", "server's training")
+    shares = {name: sum(parts[name]) / total for name in told if name in parts}
     said = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
     before = run.rounds[0].seconds.get("evaluation", 0.0) if not run.rounds[0].round else 0.0
     start = f", and {words.duration(before)} for the evaluation before round 1, which is not drawn" if before else ""

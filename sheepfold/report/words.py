@@ -5,20 +5,16 @@ from collections.abc import Sequence
 
 from sheepfold.display import size
 from sheepfold.joining import Closing
-from sheepfold.report.compare import bytes_per_answer
+from sheepfold.report.compare import bytes_per_answer, metric_curve
 from sheepfold.report.facts import RunFacts
+from sheepfold.report.lines import is_share, title
 
 
 def figure(value: float | None, measure: str = "loss") -> str:
-    """Return a loss with three digits, another measure as a share; a dash where there is none."""
+    """Return a loss or a correlation with three digits, another measure as a share; a dash where there is none."""
     if value is None:
         return "–"
-    return f"{value:.3f}" if measure in ("loss", "number") else f"{value:.1%}"
-
-
-def title(measure: str) -> str:
-    """Return a measure's name for people."""
-    return "held-out loss" if measure == "loss" else measure.replace("_", " ")
+    return f"{value:.1%}" if is_share(measure) else f"{value:.3f}"
 
 
 def duration(seconds: float) -> str:
@@ -47,7 +43,7 @@ def _learned(run: RunFacts) -> str:
     base = run.settings["model"]["base"]
     if not run.trained:
         start = run.rounds[0].loss.get(run.key)
-        known = f": its held-out loss is {figure(start)} nats per token" if start is not None else ""
+        known = f": its held-out loss is {figure(start)} nats per {run.target}" if start is not None else ""
         return f"{base} was evaluated before round 1{known}. No round is finished yet."
     whom = f"{len(run.participants):,} of {len(run.clients):,}" if run.clients else f"{len(run.participants):,}"
     opening = f"In {plural(run.done, 'round')} of {run.strategy}, {whom} clients trained {base} together"
@@ -56,10 +52,31 @@ def _learned(run: RunFacts) -> str:
         return f"{opening}. What that did to its held-out loss was not measured."
     way = "fell" if ends[-1] < ends[0] else "rose" if ends[-1] > ends[0] else "stayed"
     span = f"from {figure(ends[0])} to {figure(ends[-1])}" if way != "stayed" else f"at {figure(ends[0])}"
-    text = f"{opening}: held-out loss {way} {span} nats per token"
+    text = f"{opening}: held-out loss {way} {span} nats per {run.target}"
     if run.best is not None and run.best.loss[run.key] < ends[-1]:
         text += f"; its lowest was {figure(run.best.loss[run.key])}, {_at(run.best.round)}"
-    return text + "".join(_measure(run.closing, m) for m in (run.closing.metrics if run.closing else [])) + "."
+    closing = [m for m in (run.closing.metrics if run.closing else []) if not any(m in r.metrics for r in run.rounds)]
+    text += "".join(_over_rounds(run, m) for m in dict.fromkeys(m for r in run.rounds for m in r.metrics))
+    return text + "".join(_measure(run.closing, m) for m in closing) + "." + _teacher(run)
+
+
+def _over_rounds(run: RunFacts, measure: str) -> str:
+    """Return '; accuracy went from 50.0% to 80.0%', from the first evaluation to the last."""
+    values = list(metric_curve(run, measure).values())
+    return f"; {title(measure)} went from {figure(values[0], measure)} to {figure(values[-1], measure)}"
+
+
+def _teacher(run: RunFacts) -> str:
+    """Return a sentence on the server's teacher; '' where there is none."""
+    taught = [r.teacher for r in run.rounds if r.teacher]
+    if not taught:
+        return ""
+    said = [
+        f"{title(m)} went from {figure(taught[0][m], m)} to {figure(taught[-1][m], m)}"
+        for m in taught[0]
+        if m in taught[-1]
+    ]
+    return f" The server's teacher, {run.where_taught}: {', '.join(said)}."
 
 
 def _at(round: int) -> str:
@@ -101,6 +118,7 @@ def _cost(run: RunFacts) -> str:
     up, down = sum(r.uplink_bytes for r in run.trained), sum(r.downlink_bytes for r in run.trained)
     sent = f"A client sent {size(each)} a round on average; " if each else ""
     took = f"{sent}{size(up)} went up and {size(down)} down in all. Training took {duration(run.seconds('round'))}"
+    took += f", {duration(server)} of it on the server" if (server := run.seconds("server")) else ""
     evaluation = run.seconds("evaluation")
     return took + (f", evaluation between rounds {duration(evaluation)}." if evaluation else ".")
 
@@ -140,7 +158,14 @@ def tiles(run: RunFacts) -> list[tuple[str, str, str]]:
     found: list[tuple[str, str, str]] = []
     ends = [r.loss[run.key] for r in run.evaluated if run.key in r.loss]
     if len(ends) > 1:
-        found.append(("held-out loss", f"{figure(ends[0])} → {figure(ends[-1])}", "nats per token, start → end"))
+        found.append(
+            ("held-out loss", f"{figure(ends[0])} → {figure(ends[-1])}", f"nats per {run.target}, start → end")
+        )
+    closed = run.closing.metrics if run.closing else []
+    for measure in dict.fromkeys(m for r in run.rounds for m in r.metrics if m not in closed):
+        values = list(metric_curve(run, measure).values())
+        went = f"{figure(values[0], measure)} → {figure(values[-1], measure)}"
+        found.append((title(measure), went, f"start → end, {run.where}"))
     for measure in run.closing.metrics if run.closing else []:
         shared = run.closing.scores[measure].get("shared", {}) if run.closing else {}
         if {"base", "federated"} <= shared.keys():

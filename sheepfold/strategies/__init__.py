@@ -17,6 +17,8 @@ from sheepfold.strategies.base import Strategy
 from sheepfold.strategies.fed_sb import fed_sb
 from sheepfold.strategies.fedavg import fedavg, fedit
 from sheepfold.strategies.fedex import fedex
+from sheepfold.strategies.fedkd import fedkd
+from sheepfold.strategies.fedkseed import fedkseed
 from sheepfold.strategies.fedopt import fedadagrad, fedadam, fedavgm, fedopt, fedyogi
 from sheepfold.strategies.fedprox import fedprox
 from sheepfold.strategies.fedsa import fedsa
@@ -41,6 +43,7 @@ FOLDS: Mapping[str, Callable[..., Strategy]] = {
     "rolora": rolora,
     "fedsa": fedsa,
     "fed_sb": fed_sb,
+    "fedkseed": fedkseed,
 }
 """Methods by themselves: they take `weights`, where they weigh clients, and arguments of their own."""
 
@@ -53,6 +56,7 @@ AROUND: Mapping[str, Callable[..., Strategy]] = {
     "fedyogi": fedyogi,
     "fedadagrad": fedadagrad,
     "slora": slora,
+    "fedkd": fedkd,
 }
 """Methods that change another one, their first argument."""
 
@@ -88,12 +92,21 @@ def _places(names: tuple[str, ...]) -> list[tuple[str, bool]]:
 def _dealt(
     names: tuple[str, ...], parts: list[Callable[..., Strategy]], settings: FederationSettings
 ) -> list[dict[str, Any]]:
-    """Return each part's own arguments: every one of strategy_args goes to the part that takes it."""
+    """Return each part's own arguments: every one of strategy_args goes to the part that takes it.
+
+    A section named as a method is that method's alone, and waits while another one runs; its keys are looked at.
+    """
     taken = [list(inspect.signature(part).parameters)[0 if part is parts[-1] else 1 :] for part in parts]
     dealt: list[dict[str, Any]] = [{} for _ in parts]
     for name, value in settings.strategy_args.items():
-        if name in names and isinstance(value, Mapping):
-            dealt[names.index(name)] |= value
+        if name in {*names, *FOLDS, *AROUND} and isinstance(value, Mapping):
+            if name not in names:
+                _check_section(name, value, _own(name), {})  # it waits: one changed line compares two methods
+                continue
+            home = names.index(name)
+            ours = name in FOLDS or name in AROUND  # what an own method takes is seen where it is called
+            _check_section(name, value, taken[home] if ours else list(value), dealt[home])
+            dealt[home] |= value
             continue
         homes = [i for i, own in enumerate(taken) if name in own and name != "weights"]
         if len(homes) != 1:
@@ -105,6 +118,8 @@ def _dealt(
                     f"{names[homes[0]]}: {{{name}: {value}}}"
                 )
             raise ConfigError(f"{KEY}_args.{name}: no argument of {', '.join(names)}; {hint}")
+        if name in dealt[homes[0]]:
+            _check_section(names[homes[0]], {name: value}, taken[homes[0]], dealt[homes[0]])
         dealt[homes[0]][name] = value
     if settings.weights != "auto":
         if "weights" not in taken[-1]:
@@ -118,6 +133,23 @@ def _dealt(
         except TypeError as error:
             raise ConfigError(f"{KEY} {name!r}: {error}; it takes {inspect.signature(part)}") from None
     return dealt
+
+
+def _own(name: str) -> list[str]:
+    """Return what a method takes, without the method that it changes."""
+    skip = 1 if name in AROUND else 0
+    return list(inspect.signature({**FOLDS, **AROUND}[name]).parameters)[skip:]
+
+
+def _check_section(name: str, section: Mapping[str, Any], own: list[str], given: Mapping[str, Any]) -> None:
+    """Raise ConfigError for what the method does not take, or has been given already."""
+    known = [argument for argument in own if argument != "weights"]
+    for key in section:
+        if key not in known:
+            hint = suggest(key, known) if known else "it takes none"
+            raise ConfigError(f"{KEY}_args.{name}.{key}: no argument of {name}; {hint}")
+        if key in given:
+            raise ConfigError(f"{KEY}_args.{key}: there by itself and in the section of {name}; keep one of them")
 
 
 def _made(name: str, made: Any) -> Strategy:

@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +17,10 @@ from sheepfold.local.rules import LocalRule
 from sheepfold.messages import Assignment, Measurements, Update
 from sheepfold.products import ProductSum
 from sheepfold.state import ServerState
+
+if TYPE_CHECKING:
+    from sheepfold.assembly import Parts
+    from sheepfold.distillation.teacher import Foreseen
 
 Weights = Literal["rows", "target_tokens", "processed_rows", "uniform"]
 
@@ -190,6 +194,19 @@ def nothing(name: str) -> bool:
     return False
 
 
+class ServerStep(Protocol):
+    """What the server does with the folded adapter, beside folding."""
+
+    fingerprint: str
+    """What tells the weights apart that its own model began with"""
+
+    def __call__(self, state: ServerState) -> tuple[ServerState, Mapping[str, float]]:
+        """Return the state that goes on, and figures for the journal. What must survive a restart is in its memory."""
+
+    def measured(self, state: ServerState) -> Mapping[str, float]:
+        """Return what the server's own model comes to on held-out rows, by measure."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Strategy:
     """One federated method, both halves."""
@@ -216,5 +233,9 @@ class Strategy:
     from round to round."""
     pairs_only: bool = False
     """Whether it is about LoRA's A and B, so that adapter.method must be lora."""
+    server: "Callable[[Parts], ServerStep] | None" = None
+    """What the server itself trains after each fold, on rows of its own; made when the run's parts are ready."""
+    foresee: "Callable[[Experiment], Foreseen] | None" = None
+    """What that takes, from configurations alone."""
     beyond_peft: bool = False
     """Whether it trains something that plain PEFT has no layer for (cores, sparse deltas)."""

@@ -1,6 +1,7 @@
 """What trackers are told of a run: numbers by name from the journal's lines, the closing table and benchmark results.
 
 held_out/weighted ...  train/loss  train/lr  bytes/up  bytes/down  seconds/forward ...  clients/trained ...
+server/total ...  teacher/loss ...  (where the server trains a teacher)
 closing/loss.own_rows.federated ...  eval/gsm8k/exact_match/federated ...
 """
 
@@ -15,6 +16,8 @@ from sheepfold.report.benchmarks import Benchmark
 def scalars(line: Mapping[str, Any]) -> dict[str, float]:
     """Return a round's numbers; what the round does not have, or could not measure, is absent."""
     found: dict[str, Any] = {f"held_out/{k}": v for k, v in line.get("held_out", {}).get("loss", {}).items()}
+    found |= {f"held_out_full/{k}": v for k, v in line.get("held_out_full", {}).get("loss", {}).items()}
+    found |= {f"{who}/{k}": v for who in ("server", "teacher") for k, v in line.get(who, {}).items()}
     found |= {f"seconds/{stage}": v for stage, v in line.get("seconds", {}).items()}
     if "cohort" in line:
         clients = line["clients"].values()

@@ -98,7 +98,9 @@ def _answering(parts: "Parts", source: "Source") -> "Answering":
     from sheepfold.engines.cohort import CohortEngine
 
     parts.engine.close()
-    if isinstance(parts.engine, CohortEngine):
+    if parts.closed is not None:
+        parts.closed.free()
+    elif isinstance(parts.engine, CohortEngine):
         return Answering(source, parts.base, carrier(source, parts.base))
     # PEFT, hooks or training itself changed it: its memory is freed, and the base is read anew.
     parts.base.model.to("meta")
