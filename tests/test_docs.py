@@ -13,6 +13,7 @@ Each document is one story, told from top to bottom in a folder of its own, whic
 import re
 import shlex
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -121,6 +122,8 @@ def assert_it_exists(words: list[str], where: str) -> None:
     for path in (word.partition("=")[0] for word in words if "=" in word and not word.startswith("-")):
         section = build({})
         for part in path.split("."):
+            if isinstance(section, Mapping):
+                break  # arguments that a method, not the file, knows
             assert hasattr(section, part), f"{where}: no option {path}"
             section = getattr(section, part)
 

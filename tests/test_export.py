@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, FalconConfig, GPT2Config, LlamaConfig
 
 from sheepfold.adapter import Adapter, LoraPair
@@ -52,6 +53,17 @@ def adapter_for(model, targets="all-linear"):
         d_in, d_out = linear_shape(site)
         pairs[path] = LoraPair(torch.randn(3, d_in) / 4, torch.randn(d_out, 3) / 4, 2 / 3)
     return Adapter(pairs)
+
+
+def test_tied_weights_are_written_once_in_any_dtype(tmp_path):
+    base = base_of("tied")
+    adapter = adapter_for(base.model, ("q_proj",))
+    names = []
+    for dtype in (torch.float32, torch.bfloat16):
+        export_merged(base, adapter, tmp_path / str(dtype), dtype)
+        names.append(set(load_file(tmp_path / str(dtype) / "model.safetensors")))
+    assert names[0] == names[1]
+    assert "lm_head.weight" not in names[0]
 
 
 @pytest.mark.parametrize(

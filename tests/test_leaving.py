@@ -157,8 +157,8 @@ def test_another_tokenizer_is_refused_and_nothing_is_left_behind(run, tmp_path, 
 
     real = exports.load_base
 
-    def lowering(*args):
-        base = real(*args)
+    def lowering(*args, **more):
+        base = real(*args, **more)
         base.tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
         return base
 

@@ -20,7 +20,7 @@ def lines(outcome) -> list[dict]:
 def test_a_run_leaves_its_experiment_its_journal_its_states_and_its_adapter(tmp_path):
     outcome = simulation.run(experiment(tmp_path, keep_rounds=1, **{"data.partition.holdout_per_category": 1}))
     folder = outcome.folder
-    written = {"experiment.yaml", "data.json", "rounds.jsonl", "state", "adapter", "model_card.md"}
+    written = {"experiment.yaml", "data.json", "rounds.jsonl", "state", "adapter", "model_card.md", "results.json"}
     assert {p.name for p in folder.iterdir()} == written
     start, first, second = lines(outcome)
     assert (start["round"], first["round"], second["round"]) == (0, 1, 2)

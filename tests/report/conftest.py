@@ -9,6 +9,7 @@ import yaml
 
 from sheepfold import simulation
 from sheepfold.report.facts import read_run
+from tests import encoders
 from tests.runs import experiment
 from tests.small import one_thread
 
@@ -59,6 +60,51 @@ def copied(ran, tmp_path):
         return folder
 
     return make
+
+
+@pytest.fixture(scope="session")
+def taught(tmp_path_factory):
+    """The folder of a run of task classification whose server trains a teacher; judged on the global test set alone."""
+    folder = tmp_path_factory.mktemp("taught")
+    asked = {
+        "federation.strategy": "fedkd",
+        "federation.strategy_args": {"fedkd": {"teacher": str(encoders.saved(folder / "teacher"))}},
+        "data.public": {"share": 0.2},
+        "data.partition": {"by": "order", "clients": 4, "holdout_per_category": 6},
+        "data.eval_share": 0,
+        "evaluation.metrics": ["matthews"],
+    }
+    with one_thread():
+        return simulation.run(encoders.experiment(folder, **asked)).folder
+
+
+@pytest.fixture
+def three(taught, tmp_path):
+    """FedAvg of the whole model, FedLoRA and FedKD-LoRA, two seeds each, as runs' folders: copies of one run."""
+
+    def worse(by):
+        def change(line):
+            line["held_out"]["accuracy"]["global"] -= by * line["round"]
+            if by:
+                line.pop("teacher"), line["seconds"].pop("server", None)
+            return line
+
+        return change
+
+    made = []
+    methods = {"avg": ("fedavg", "full", 0.02), "lora": ("fedavg", "lora", 0.03), "kd": ("fedkd", "lora", 0.0)}
+    for name, (strategy, method, by) in methods.items():
+        for seed in range(2):
+            folder = tmp_path / f"{name}{seed}"
+            shutil.copytree(taught, folder)
+            settings = yaml.safe_load((folder / "experiment.yaml").read_text()) | {"name": folder.name, "seed": seed}
+            settings["federation"]["strategy"], settings["adapter"]["method"] = strategy, method
+            settings["train"]["engine"] = "cohort" if method == "lora" else "peft_model"
+            (folder / "experiment.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+            change_lines(folder, worse(by and by + 0.01 * seed))
+            (folder / "closing.json").touch()
+            made.append(folder)
+    return made
 
 
 def change_lines(folder: Path, change=None, keep=None) -> None:

@@ -136,3 +136,23 @@ def test_a_served_page_takes_over_a_new_round_where_the_reader_is(ran, copied, o
         assert view.evaluate("[...document.querySelectorAll('.chart')].every(c => c.querySelector('.main-svg'))")
         assert all(url.startswith(address) for url in view.noted["asked"])
         assert view.noted["errors"] == []
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_three_methods_and_their_teacher_fit_the_screen(three, tmp_path, opened, width):
+    target = tmp_path / "methods.html"
+    target.write_text(page.whole("methods", page.content([read_run(folder) for folder in three])), encoding="utf-8")
+    view = opened(target.as_uri(), width)
+    assert view.noted["errors"] == []
+    assert view.evaluate("document.documentElement.scrollWidth") <= width
+    charts = view.query_selector_all("#curves .chart")
+    assert len(charts) == 3
+    for chart in charts:
+        names = chart.evaluate("c => [...c.querySelectorAll('.legendtext')].map(t => t.textContent)")
+        assert names == ["fedavg with method full", "fedavg with method lora", "fedkd", "fedkd: teacher"]
+        inside = chart.evaluate(
+            "c => [...c.querySelectorAll('.legendtext')].every(t => {"
+            "const at = t.getBoundingClientRect(), box = c.getBoundingClientRect();"
+            "return at.left >= box.left && at.right <= box.right && at.top >= box.top})"
+        )
+        assert inside, "a name beside its line is cut off"

@@ -8,7 +8,7 @@ from html import unescape
 import pytest
 
 from sheepfold.evaluation.benchmarks.results import Report, Score, TaskResult
-from sheepfold.report import figures, page, words
+from sheepfold.report import dumbbells, page, words
 from sheepfold.report.facts import read_run
 from tests.report.conftest import HOSTILE, journal, renamed
 
@@ -98,7 +98,7 @@ def test_an_adapter_cut_to_a_clients_rank_is_not_called_one_it_takes_home(copied
 
 def test_marks_of_equal_scores_do_not_cover_each_other(facts):
     scores = {"a": {"base": 0.1, "local": 0.5, "federated": 0.5, "personal": 0.5}, "b": {"local": 0.2, "personal": 0.9}}
-    drawn = figures.dumbbells(["a", "b"], scores, "exact_match", "personal")
+    drawn = dumbbells.dumbbells(["a", "b"], scores, "exact_match", "personal")
     marks = {trace.name: dict(zip(trace.text, trace.y, strict=True)) for trace in drawn.data if trace.mode == "markers"}
     heights = [marks[name]["a"] for name in ("alone", "federated", "personal")]
     assert len(set(heights)) == 3

@@ -48,7 +48,7 @@ def test_mu_0_asks_for_nothing():
     assert not any(now.grad.any() for now in given.now.values())
 
 
-@pytest.mark.parametrize("inner", FOLDS)
+@pytest.mark.parametrize("inner", sorted(FOLDS.keys() - {"fedkseed"}))  # which folds no adapters
 def test_any_method_folds_as_it_did(inner):
     of = FOLDS[inner]()
     method = fedprox(of, 0.1)
