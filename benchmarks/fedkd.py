@@ -47,11 +47,17 @@ from sheepfold.rng import stream  # noqa: E402
 METHODS: Mapping[str, Mapping[str, Any]] = {
     "FedAvg": {"adapter.method": "full", "train.lr": 1e-4},
     "FedLoRA": {},
+    "FedLoRA, public rows too": {
+        "federation.strategy": "fedkd",
+        **{f"federation.strategy_args.fedkd.{key}": 0 for key in ("kl_weight", "attention_weight")},
+        "federation.strategy_args.fedkd.frozen": True,
+    },
     "FedKD-LoRA": {"federation.strategy": "fedkd"},
     "FedKD-LoRA, forward KL": {"federation.strategy": "fedkd", "federation.strategy_args.fedkd.kl": "forward"},
     "FedKD-LoRA, raw logits": {"federation.strategy": "fedkd", "federation.strategy_args.fedkd.kl": "raw_logits"},
 }
-"""Method -> what its experiment changes. FedAvg trains all weights, so it needs LoRA's rate divided by ten."""
+"""Method -> what its experiment changes. FedAvg trains all weights, so it needs a rate of its own. The control has the
+server train the student on the public rows without a teacher, since fedkd's student sees these rows too."""
 SETS = {"sst2": ("accuracy", 3), "cola": ("matthews", 5)}
 """Set -> what it is judged by, and the epochs of the teacher's own start (the seed's)."""
 COMPARED = ("FedLoRA", "FedKD-LoRA")
@@ -78,6 +84,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--table", action="store_true")
     asked = parser.parse_args()
+    if asked.seeds > 1 and asked.seeds not in T975:
+        parser.error(
+            f"--seeds {asked.seeds}: intervals are known for {', '.join(map(str, T975))}; take one of them, or 1"
+        )
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
     pieces = asked.out / "fedkd-pieces.jsonl"
     asked.out.mkdir(parents=True, exist_ok=True)
@@ -132,7 +142,7 @@ class Place:
         model.save_pretrained(self.student)
         AutoTokenizer.from_pretrained(base).save_pretrained(self.student)
         public = self.folder / "public.tsv"
-        write(public, train[: int(PUBLIC * len(train))])
+        write(public, train[: round(PUBLIC * len(train))])
         values = common(self) | {
             "name": "teacher",
             "model.base": str(base),
@@ -277,21 +287,29 @@ def encoder() -> Path:
     return Path(next(iter(found.submodule_search_locations))) / "model"
 
 
+def alike(key: Mapping[str, Any]) -> str:
+    """Return what pieces of one table have in common: all of their settings but seed, method and what that changes."""
+    own = {name for changes in METHODS.values() for name in changes} | {"method", "seed"}
+    return json.dumps({name: value for name, value in key.items() if name not in own}, sort_keys=True)
+
+
 def tables(pieces: Sequence[Mapping[str, Any]]) -> str:
     """Return one table for each set and size: every method's figures by round, mean and 95 % t interval over seeds."""
-    groups: dict[tuple[str, int, int], list[Mapping[str, Any]]] = {}
+    groups: dict[str, list[Mapping[str, Any]]] = {}
     for piece in pieces:
-        groups.setdefault((piece["key"]["set"], piece["key"]["rows"], len(piece["rounds"])), []).append(piece)
-    return "\n".join(_table(name, rows, group) for (name, rows, _), group in sorted(groups.items()))
+        groups.setdefault(alike(piece["key"]), []).append(piece)
+    return "\n".join(_table(group) for _, group in sorted(groups.items()))
 
 
-def _table(name: str, rows: int, pieces: Sequence[Mapping[str, Any]]) -> str:
+def _table(pieces: Sequence[Mapping[str, Any]]) -> str:
+    key = pieces[0]["key"]
+    name, rows, lr = key["set"], key["rows"], key["federation.strategy_args.fedkd.student_lr"]
     measure = SETS[name][0]
     by: dict[str, list[Mapping[str, Any]]] = {}
     for piece in sorted(pieces, key=lambda p: p["key"]["seed"]):
         by.setdefault(piece["key"]["method"], []).append(piece)
     seeds = max(map(len, by.values()))
-    out = [f"## {name}: {rows:,} training rows, 20 % of them the server's, {seeds} seeds\n"]
+    out = [f"## {name}: {rows:,} training rows, 20 % of them the server's, LoRA at {lr:g}, {seeds} seeds\n"]
     for measured in dict.fromkeys([measure, "accuracy", "loss"]):
         out += [f"{measured} on the test rows\n", "| round | " + " | ".join(by) + " |", "|---" * (len(by) + 1) + "|"]
         for i, line in enumerate(pieces[0]["rounds"]):
@@ -306,8 +324,10 @@ def _table(name: str, rows: int, pieces: Sequence[Mapping[str, Any]]) -> str:
     for part, words in (("dev", "accuracy at the end, dev set"), ("held_out", "accuracy at the end, 5,000 held out")):
         if all(part in p for p in pieces):
             out.append(f"| {words} | " + " | ".join(interval([p[part] for p in g]) for g in by.values()) + " |")
-    key = f"teacher_{measure}"
-    cells = [interval([p["rounds"][-1][key] for p in g]) if key in g[0]["rounds"][-1] else "" for g in by.values()]
+    teacher = f"teacher_{measure}"
+    cells = [
+        interval([p["rounds"][-1][teacher] for p in g]) if teacher in g[0]["rounds"][-1] else "" for g in by.values()
+    ]
     out.append(f"| teacher's {measure} | " + " | ".join(cells) + " |")
     if by.keys() >= set(COMPARED):
         ends = [{p["key"]["seed"]: p.get("held_out", p["rounds"][-1][measure]) for p in by[m]} for m in COMPARED]

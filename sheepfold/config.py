@@ -130,7 +130,10 @@ class PublicSettings(Section):
     @model_validator(mode="after")
     def _one_way_to_say_rows(self) -> Self:
         if self.source is not None and self.share:
-            raise ValueError(f"share {self.share} and source {self.source!r} are both set; keep one of them")
+            raise ValueError(
+                f"share {self.share} and source {self.source!r} are both set; keep one of them (share=0 counts "
+                "as unset)"
+            )
         if self.pick != "first" and not self.share:
             raise ValueError(f"pick {self.pick!r} has no effect without share; set share, such as 0.2")
         return self

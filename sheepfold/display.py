@@ -143,13 +143,14 @@ def _cells(line: Mapping[str, Any]) -> dict[str, str]:
     skipped = sum(c["skipped_steps"] for c in line.get("clients", {}).values())
     clients = f"{len(line.get('clients', {}))}{absent}" if line["round"] else ""
     teacher = line.get("teacher", {})
+    over = ("global", "weighted") if teacher else ("weighted", "global")  # a teacher is judged on the test set
     return {
         "round": str(line["round"] or "start"),
         "clients": clients + (f", [yellow]{skipped} steps skipped[/]" if skipped else ""),
         "train loss": train,
-        "held-out loss": _figure(loss.get("weighted", loss.get("global")), "loss") + rose,
-        "full model": _figure(_overall(line, "loss", "held_out_full"), "loss"),
-        **{name: _figure(_overall(line, name), name) for name in MEASURED},
+        "held-out loss": _figure(_overall(line, "loss", over), "loss") + rose,
+        "full model": _figure(_overall(line, "loss", over, "held_out_full"), "loss"),
+        **{name: _figure(_overall(line, name, over), name) for name in MEASURED},
         "teacher": " ".join(_figure(teacher[name], name) for name in ("loss", "accuracy") if name in teacher),
         "worst tenth": _figure(loss.get("worst_decile"), "loss"),
         "never sampled": _figure(loss.get("never_sampled"), "loss"),
@@ -158,11 +159,10 @@ def _cells(line: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _overall(line: Mapping[str, Any], measure: str, judged: str = "held_out") -> float | None:
-    """Return a measure over all clients' held-out rows, or over the global test set where they have none."""
-    summary = line.get(judged, {}).get(measure, {})
-    found: float | None = summary.get("weighted", summary.get("global"))
-    return found
+def _overall(line: Mapping[str, Any], measure: str, over: Sequence[str], judged: str = "held_out") -> float | None:
+    """Return a measure over the first of these rows that there are: all clients' (weighted), the test set (global)."""
+    summary: Mapping[str, float] = line.get(judged, {}).get(measure, {})
+    return next((summary[rows] for rows in over if rows in summary), None)
 
 
 def size(count: float) -> str:

@@ -223,7 +223,7 @@ def _public(f: Forecast) -> str:
 def _server(s: Foreseen) -> str:
     from sheepfold.display import size
 
-    kept = f"every saved state holds {size(s.state_bytes)} of it" if s.state_bytes else "it learns nothing"
+    kept = f"every saved state holds {size(s.state_bytes)} of what it learns" if s.state_bytes else "it learns nothing"
     return f"a teacher of {s.parameters:,} parameters; {size(s.bytes)} with the server's copy of the student; {kept}"
 
 

@@ -167,7 +167,11 @@ def last_folder(experiment: Experiment) -> RunFolder:
         if (path / "experiment.yaml").is_file() and folder.experiment().name == experiment.name:
             found = folder  # another experiment may be called foo-2 itself
     if found is None:
-        raise CheckpointError(f"{Path(experiment.output) / experiment.name}: no run to resume; start without --resume")
+        path = Path(experiment.output) / experiment.name
+        if (path / "experiment.yaml").is_file():
+            other = RunFolder(path).experiment().name
+            raise CheckpointError(f"{path}: is a run of the name {other}; resume it with name={other}, its newest one")
+        raise CheckpointError(f"{path}: no run to resume; start without --resume")
     return found
 
 

@@ -115,7 +115,10 @@ def _check_entry(entry: str, model: nn.Module, linear: Mapping[str, nn.Module], 
         )
     found = free
     if not found:
-        raise ModelError(f"adapter.targets: {entry!r} matches no module; {suggest(entry, suffixes(model))}")
+        raise ModelError(
+            f"adapter.targets: {entry!r} matches no module; {suggest(entry, suffixes(model))}; "
+            "auto takes the family's own"
+        )
     if odd := sorted(found.keys() - linear.keys()):
         raise ModelError(
             f"adapter.targets: {entry!r} matches {odd[0]}, a {type(found[odd[0]]).__name__}, and LoRA adapts "

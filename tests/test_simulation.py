@@ -86,6 +86,10 @@ def test_what_cannot_be_resumed_says_why(tmp_path):
     with pytest.raises(CheckpointError, match="no run to resume"):
         simulation.run(experiment(tmp_path), resume=True)
     simulation.run(experiment(tmp_path))
+    (tmp_path / "runs" / "small").rename(tmp_path / "runs" / "small-2")
+    with pytest.raises(CheckpointError, match=r"small-2: is a run of the name small; resume it with name=small"):
+        simulation.run(experiment(tmp_path, name="small-2"), resume=True)
+    (tmp_path / "runs" / "small-2").rename(tmp_path / "runs" / "small")
     with pytest.raises(ConfigError, match=r"train.lr was 0.003 and is now 0.1"):
         simulation.run(experiment(tmp_path, **{"train.lr": 0.1}), resume=True)
     with pytest.raises(CheckpointError, match="kept rounds: none"):

@@ -20,11 +20,12 @@ def command(
     asked = load(experiment, options or [])
     if asked.offsite is None:
         raise ConfigError(f"{experiment}: no offsite section; set at least offsite.emu_r, or take another file")
-    from sheepfold.models import load_tokenizer
+    from sheepfold.models import config_only, load_tokenizer
     from sheepfold.offsite import align, emulator
 
     if asked.offsite.align is not None:
         align.check(asked.offsite.align)
+    emulator.outlined(config_only(asked.model).model, asked.offsite)  # refused before the heavy part
     tokenizer = load_tokenizer(asked.model)
     made = emulator.write(asked, out, tokenizer, align.read_rows(asked, tokenizer))
     typer.echo(f"{out}: {made.line()}")

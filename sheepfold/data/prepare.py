@@ -12,7 +12,8 @@ import numpy as np
 
 from sheepfold.config import DataSettings, PublicSettings
 from sheepfold.data import sources
-from sheepfold.data.assign import assign
+from sheepfold.data.assign import Partition, assign
+from sheepfold.data.partition import natural_key
 from sheepfold.data.rows import ClientRows, FederatedData, PartitionedData, TokenRows
 from sheepfold.errors import DataError
 from sheepfold.rng import stream
@@ -73,7 +74,7 @@ def partition_only(data: DataSettings) -> PartitionedData:
     stranded = sum(map(_size, clients.values())) - sum(map(_size, held.values()))
     reasons |= _count("of clients without a row to train on", stranded)
     notes = tuple(f"{count:,} rows left out: {reason}" for reason, count in reasons.items())
-    notes += _small(held, data) + _gone(clients, held)
+    notes += _all_public(source, partition, data) + _small(held, data) + _gone(clients, held)
     return PartitionedData(source.records, held, partition.holdout, reasons, notes, partition.public)
 
 
@@ -127,6 +128,15 @@ def _small(clients: Mapping[str, ClientRows], data: DataSettings) -> tuple[str, 
         if names:
             notes.append(f"{len(names)} clients have too few rows for {split} rows: {_listed(names)}")
     return tuple(notes)
+
+
+def _all_public(source: sources.Source, partition: Partition, data: DataSettings) -> tuple[str, ...]:
+    """Return the note on clients of the data's own that have nothing left, since the server took all their rows."""
+    if data.partition.by not in ("natural", "files"):
+        return ()
+    owners = {source.records[row].client or str(source.names[row]) for row in partition.public}
+    names = sorted(owners - partition.clients.keys(), key=natural_key)
+    return (f"{len(names)} clients have no row beside the public ones: {_listed(names)}",) if names else ()
 
 
 def _gone(before: Mapping[str, ClientRows], after: Mapping[str, ClientRows]) -> tuple[str, ...]:

@@ -204,7 +204,10 @@ def _other_rows(
     elif key == "public.source" and data.test_split is not None and _overlap(split, data.test_split):
         raise ConfigError(f"data.public.source {split!r}: is the test set too (data.test_split); name another one")
     else:
-        chunks = _chunks(data.model_copy(update={"split": split}), replace(named, every_split=False))
+        try:
+            chunks = _chunks(data.model_copy(update={"split": split}), replace(named, every_split=False))
+        except DataError as error:
+            raise DataError(str(error).replace("data.split", f"data.{key}")) from None
     read = {Path(chunk.origin).resolve(): chunk.split for chunk in others if Path(chunk.origin).is_file()}
     if twice := [chunk.origin for chunk in chunks if Path(chunk.origin).resolve() in read]:
         test = read[Path(twice[0]).resolve()] == "holdout"

@@ -1,7 +1,9 @@
 """The server's half of fedkd: a teacher, a copy of the student, and the steps that they take on public rows."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,13 +46,15 @@ class Distiller:
                 "federation.strategy fedkd: the server has no row to distil on; set data.public.share, such as 0.2, or "
                 "data.public.source (a partition file lists them under 'public')"
             )
-        # attention maps are what other implementations of attention never form
-        seen = {"attention": "eager"} if settings.attention_weight else {}
-        model = parts.experiment.model.model_copy(update=seen)
-        student = load_base(model, str(self.device), parts.base.tokenizer, task=parts.task)
+        asked: dict[str, Any] = {"attention": teachers.attention(settings)} if settings.attention_weight else {}
+        if parts.base.dtype == torch.float16:  # the joint loss has no loss scaling
+            asked["dtype"] = "float32"
+        model = parts.experiment.model.model_copy(update=asked)
+        with _room("loads its models", "take a smaller teacher"):
+            student = load_base(model, str(self.device), parts.base.tokenizer, task=parts.task)
+            teacher = teachers.load(settings, parts.experiment, parts.task, student)
         sites = list(parts.initial.pairs)
         self.student = carrier(student.model, sites, parts.experiment.adapter, self.seed, task=parts.task)
-        teacher = teachers.load(settings, parts.experiment, parts.task, student)
         self.teacher, self.fingerprint = teacher.model, teacher.fingerprint
         self.teacher.requires_grad_(not settings.frozen)
         self.projections: list[nn.Module | None] = []
@@ -64,13 +68,8 @@ class Distiller:
         round = state.round
         self.student.write(state.adapter)
         self._recall(state)
-        try:
+        with _room(f"distils in round {round}", "lower federation.strategy_args.batch_rows, or attention_weight to 0"):
             figures = self._distil(round)
-        except torch.OutOfMemoryError as error:
-            raise TrainingError(
-                f"round {round}: out of memory while the server distils ({str(error).splitlines()[0]}); lower "
-                "federation.strategy_args.batch_rows, or set attention_weight to 0"
-            ) from None
         kept = {name: tensor.detach().cpu().clone() for name, tensor in self._trained().items()}
         adapter = self.student.read()
         if not adapter.is_finite() or not Adapter(extra=kept).is_finite():
@@ -85,9 +84,15 @@ class Distiller:
         if not len(rows):
             return {}
         at_once = parts.experiment.evaluation.batch_rows
-        score = score_of(parts.task, self.teacher, parts.data.tokens, rows, at_once, self.device)
+        with _room("judges its teacher", "lower evaluation.batch_rows"):
+            score = score_of(parts.task, self.teacher, parts.data.tokens, rows, at_once, self.device)
         found = {"loss": score.loss.value}
         return found | {m: MEASURES[m](score.confusion) for m in parts.task.measures if score.confusion is not None}
+
+    def free(self) -> None:
+        """Give up the memory of teacher and student."""
+        for model in (self.teacher, self.student.model):
+            model.to("meta")
 
     def _distil(self, round: int) -> dict[str, float]:
         """Train the teacher alone, then both together; return mean losses."""
@@ -161,7 +166,7 @@ class Distiller:
             of_teacher,
             temperature=settings.temperature,
             kl_weight=settings.kl_weight,
-            attention_weight=settings.attention_weight,
+            attention_weight=settings.attention_weight or 0.0,
             kind=settings.kl,
             projections=self.projections,
         )
@@ -207,3 +212,13 @@ def _batches(rows: np.ndarray, size: int, epochs: int, address: tuple[int, int, 
         order = stream(seed, "fedkd", round, phase, epoch).permutation(rows)
         for first in range(0, len(order), size):
             yield order[first : first + size]
+
+
+@contextmanager
+def _room(doing: str, advice: str) -> Iterator[None]:
+    """Say what the server was doing, and what helps, where memory runs out."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        first = str(error).splitlines()[0]
+        raise TrainingError(f"out of memory while the server {doing} ({first}); {advice}") from None

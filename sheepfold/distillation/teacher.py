@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from sheepfold.config import Experiment, ModelSettings
 from sheepfold.distillation.losses import matched_layers
@@ -21,7 +21,7 @@ KEY = "federation.strategy_args.teacher"
 
 @dataclass(frozen=True, slots=True)
 class Foreseen:
-    """What the server's part of a run takes."""
+    """What a server that distils takes."""
 
     parameters: int
     """The teacher's"""
@@ -36,8 +36,12 @@ def asked_for(settings: "Distillation", experiment: Experiment) -> ModelSettings
     dtype = experiment.model.dtype
     if not settings.frozen and dtype != "float64":
         dtype = "float32"
-    # attention maps are what other implementations of attention never form
-    return ModelSettings(base=settings.teacher, dtype=dtype, attention="eager" if settings.attention_weight else "auto")
+    return ModelSettings(base=settings.teacher, dtype=dtype, attention=attention(settings))
+
+
+def attention(settings: "Distillation") -> Literal["auto", "eager"]:
+    """Return the implementation of attention that teacher and student need: others never form the maps."""
+    return "eager" if settings.attention_weight else "auto"
 
 
 def check(settings: "Distillation", experiment: Experiment) -> None:
@@ -84,10 +88,8 @@ def load(settings: "Distillation", experiment: Experiment, asked: Task, student:
 
     Raises ModelError where it cannot be loaded, or its head gives other labels than the data has.
     """
-    if isinstance(asked, Classification):
-        asked = replace(asked, new_head=False)
     with _about_the_teacher():
-        return load_base(asked_for(settings, experiment), str(student.device), student.tokenizer, task=asked)
+        return load_base(asked_for(settings, experiment), str(student.device), student.tokenizer, task=_own_head(asked))
 
 
 def shape(model: object) -> tuple[int, int]:
@@ -101,7 +103,12 @@ def _outlines(settings: "Distillation", experiment: Experiment) -> tuple[Outline
     asked = task(experiment)
     student = config_only(experiment.model, experiment.device, asked)
     with _about_the_teacher():
-        return student, config_only(asked_for(settings, experiment), experiment.device, asked)
+        return student, config_only(asked_for(settings, experiment), experiment.device, _own_head(asked))
+
+
+def _own_head(asked: Task) -> Task:
+    """Return the task for the teacher: model.head is about the student, and a teacher's head stays."""
+    return replace(asked, new_head=False) if isinstance(asked, Classification) else asked
 
 
 def _check_tokenizer(settings: "Distillation", experiment: Experiment) -> None:
@@ -128,4 +135,5 @@ def _about_the_teacher() -> Iterator[None]:
     try:
         yield
     except ModelError as error:
-        raise ModelError(str(error).replace("model.base", KEY)) from None
+        told = str(error).replace("model.base", KEY)
+        raise ModelError(told.replace("set model.head to new", "name a teacher of these labels")) from None

@@ -29,6 +29,7 @@ from sheepfold.loading import quiet
 from sheepfold.models import Base, config_only, load_base
 from sheepfold.offsite.align import AlignRows, align
 from sheepfold.offsite.cut import KEY, Cut, cut_of
+from sheepfold.offsite.settings import OffsiteSettings
 
 FILE, FORMAT = "offsite.json", 1
 
@@ -96,14 +97,26 @@ def _made(experiment: Experiment, folder: Path, tokenizer: Any, rows: AlignRows 
     """Return the full model, its emulator, aligned where that was asked for, and what can be said of it."""
     asked, settings = experiment.offsite, experiment.model
     assert asked is not None
-    if asked.align is not None and settings.dtype != "float64":  # narrow numbers would round its steps away
+    if settings.dtype != "float64":  # narrow numbers would round an alignment's steps away, or what was published
         settings = settings.model_copy(update={"dtype": "float32"})
-    base = load_base(settings, experiment.device, tokenizer)
+    base = load_base(settings, experiment.device if asked.align else "cpu", tokenizer)
     full: Any = base.model
     cut = cut_of(full, asked)
     small = _smaller(full, cut, own_middle=asked.align is not None)
     aligned = align(full, small, cut, rows, asked.align) if asked.align is not None and rows is not None else None
     return base, small, Emulator(folder, cut, _count(small), _count(full), aligned, {})
+
+
+def outlined(full: Any, asked: OffsiteSettings) -> Any:
+    """Return the emulator of a model on the meta device, which stays as it is.
+
+    Raises ConfigError or ModelError for a cut that cannot be, before any weight is loaded.
+    """
+    small: Any = copy.deepcopy(full)
+    cut = cut_of(small, asked)
+    keep_layers(small, cut.source, cut.layers)
+    setattr(small.config, KEY, cut.as_dict())
+    return small
 
 
 def read(folder: Path) -> Emulator:
@@ -143,8 +156,8 @@ def tensor_hash(tensor: Tensor) -> str:
 
 def _smaller(full: Any, cut: Cut, *, own_middle: bool) -> Any:
     """Return the emulator: modules of its own, whose numbers are the full model's; own_middle: but for the middle's."""
-    middle = full.get_submodule(cut.layers)[cut.bottom : cut.total - cut.top]
-    own = {id(p) for p in middle.parameters()} if own_middle else set()
+    middle = [full.get_submodule(cut.layers)[i] for i in cut.source[cut.bottom : len(cut.source) - cut.top]]
+    own = {id(p) for block in middle for p in block.parameters()} if own_middle else set()
     shared = {id(p): p for p in full.parameters() if id(p) not in own}
     small = copy.deepcopy(full, shared)
     keep_layers(small, cut.source, cut.layers)

@@ -1,6 +1,5 @@
 """The owner's side of a run: the full model, which judges and takes home what was learned on the emulator."""
 
-import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -12,11 +11,9 @@ import torch
 from sheepfold.adapter import Adapter
 from sheepfold.config import Experiment, GenerationSettings, ModelSettings
 from sheepfold.engines.common import Work
-from sheepfold.layers import keep_layers
 from sheepfold.metrics import Score
 from sheepfold.models import Base, Outline, config_only, fingerprint, load_base
 from sheepfold.offsite import align, emulator
-from sheepfold.offsite.cut import KEY, cut_of
 from sheepfold.offsite.emulator import Emulator
 from sheepfold.offsite.plug import plug
 
@@ -30,10 +27,7 @@ def of_emulator(experiment: Experiment, known: "Foundation") -> "Foundation":
     Raises ConfigError, ModelError or DataError for a cut or rows that cannot be.
     """
     assert experiment.offsite is not None
-    small: Any = copy.deepcopy(known.outline.model)
-    cut = cut_of(small, experiment.offsite)
-    keep_layers(small, cut.source, cut.layers)
-    setattr(small.config, KEY, cut.as_dict())
+    small = emulator.outlined(known.outline.model, experiment.offsite)
     rows = align.read_rows(experiment, known.tokenizer)
     if rows is not None:
         align.check_apart(rows, known.data)

@@ -111,7 +111,7 @@ def _curves(runs: Sequence[RunFacts], groups: Sequence[Group]) -> str:
     """Return held-out loss, and every further measure, of all groups over rounds; dashed, those of their teachers."""
     where = {run.where for run in runs if run.evaluated}
     on = where.pop() if len(where) == 1 else "where measured"
-    elsewhere = {run.where_taught for run in runs if any(r.teacher for r in run.rounds)} - {on}
+    elsewhere = " or ".join(sorted({run.where_taught for run in runs if any(r.teacher for r in run.rounds)} - {on}))
     unit = {run.target for run in runs}
     nats = f"held-out loss, nats per {unit.pop() if len(unit) == 1 else 'target'}"
     parts = []
@@ -123,7 +123,7 @@ def _curves(runs: Sequence[RunFacts], groups: Sequence[Group]) -> str:
         if not any(curves.values()):
             continue
         named = "held-out loss" if measure == "loss" else title(measure)
-        dashed = " ".join(["; with open marks, the teacher that the server trains", *elsewhere]) if taught else ""
+        dashed = f"; with open marks, the teacher that the server trains {elsewhere}".rstrip() if taught else ""
         says = f"{named.capitalize()} by round, {on}{dashed}{_band(groups)}."
         drawn = figures.curves(curves, nats if measure == "loss" else named, measure, taught)
         columns = curves | {f"{label}: teacher": points for label, points in taught.items()}

@@ -206,6 +206,9 @@ class ServerStep(Protocol):
     def measured(self, state: ServerState) -> Mapping[str, float]:
         """Return what the server's own model comes to on held-out rows, by measure."""
 
+    def free(self) -> None:
+        """Give up its models' memory: all rounds are over."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Strategy:

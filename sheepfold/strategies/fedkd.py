@@ -45,7 +45,8 @@ class Distillation:
     batch_rows: int
     temperature: float
     kl_weight: float
-    attention_weight: float
+    attention_weight: float | None
+    """None: as the task has it, until `_of_task` said so"""
     kl: str
 
 
@@ -69,7 +70,7 @@ def fedkd(
     teacher: hub id or folder, of the student's task and vocabulary. frozen: it teaches as it is, and learns nothing.
     teacher_epochs (1): passes over the public rows by the teacher alone, each round; epochs: by both together. lr,
     student_lr (as lr), weight_decay, batch_rows: of AdamW. temperature, kl_weight, attention_weight (classification: 1;
-    causal_lm: 0, which leaves the attention maps out) and kl (log_probabilities, raw_logits): distillation/losses.py.
+    causal_lm: 0, which leaves the attention maps out) and kl (one of KL_KINDS): distillation/losses.py.
     """
     settings = _checked(dict(locals()))
     if odd := sorted(set(parts_of(of)) - set(AROUND_THESE)):
@@ -86,9 +87,9 @@ def fedkd(
         return Distiller(parts, _of_task(settings, parts.experiment))
 
     def foresee(experiment: Experiment) -> "Foreseen":
-        from sheepfold.distillation import teacher
+        from sheepfold.distillation import teacher as teachers
 
-        return teacher.foreseen(_of_task(settings, experiment), experiment)
+        return teachers.foreseen(_of_task(settings, experiment), experiment)
 
     return replace(of, name=f"fedkd + {of.name}", check=check, server=server, foresee=foresee)
 
@@ -98,6 +99,7 @@ def _checked(given: Mapping[str, Any]) -> Distillation:
     above = ("a number above 0", lambda x: x > 0)
     from_0 = ("a number of at least 0", lambda x: x >= 0)
     whole = ("a whole number above 0", lambda x: x > 0 and x % 1 == 0)
+    whole_from_0 = ("a whole number of at least 0", lambda x: x >= 0 and x % 1 == 0)
     teacher, frozen, kl = given["teacher"], given["frozen"], given["kl"]
     if not isinstance(teacher, str) or not teacher:
         raise ConfigError(f"federation.strategy_args.teacher: found {teacher!r}, expected a hub id or a folder")
@@ -108,8 +110,10 @@ def _checked(given: Mapping[str, Any]) -> Distillation:
     alone = given["teacher_epochs"]
     if frozen and alone is not None:
         raise ConfigError(
-            f"federation.strategy_args.teacher_epochs {alone} has no effect on a frozen teacher; leave it out"
+            f"federation.strategy_args.teacher_epochs {alone} has no effect on a frozen teacher; leave it out, or set "
+            "it to null"
         )
+    alone = 0 if frozen else 1 if alone is None else alone
     temperature = argument("temperature", given["temperature"], *above)
     if kl == "raw_logits" and temperature != 1:
         raise ConfigError(
@@ -121,16 +125,7 @@ def _checked(given: Mapping[str, Any]) -> Distillation:
     return Distillation(
         teacher=teacher,
         frozen=frozen,
-        teacher_epochs=0
-        if frozen
-        else int(
-            argument(
-                "teacher_epochs",
-                1 if alone is None else alone,
-                "a whole number of at least 0",
-                lambda x: x >= 0 and x % 1 == 0,
-            )
-        ),
+        teacher_epochs=int(argument("teacher_epochs", alone, *whole_from_0)),
         epochs=int(argument("epochs", given["epochs"], *whole)),
         lr=argument("lr", given["lr"], *above),
         student_lr=argument("student_lr", student_lr, *above),
@@ -138,20 +133,20 @@ def _checked(given: Mapping[str, Any]) -> Distillation:
         batch_rows=int(argument("batch_rows", given["batch_rows"], *whole)),
         temperature=temperature,
         kl_weight=argument("kl_weight", given["kl_weight"], *from_0),
-        attention_weight=-1.0 if attention is None else argument("attention_weight", attention, *from_0),
+        attention_weight=None if attention is None else argument("attention_weight", attention, *from_0),
         kl=kl,
     )
 
 
 def _of_task(settings: Distillation, experiment: Experiment) -> Distillation:
     """Return the arguments with the attention's weight that the task has where none was given."""
-    if settings.attention_weight >= 0:
+    if settings.attention_weight is not None:
         return settings
     return replace(settings, attention_weight=1.0 if experiment.task == "classification" else 0.0)
 
 
 def _check(settings: Distillation, experiment: Experiment) -> None:
-    from sheepfold.distillation import teacher
+    from sheepfold.distillation import teacher as teachers
 
     asked = experiment.federation.strategy
     names = (asked,) if isinstance(asked, str) else asked
@@ -180,4 +175,4 @@ def _check(settings: Distillation, experiment: Experiment) -> None:
             "federation.strategy fedkd: the server's student is model.base, and with offsite clients train an emulator "
             "of it; remove one of them"
         )
-    teacher.check(_of_task(settings, experiment), experiment)
+    teachers.check(_of_task(settings, experiment), experiment)

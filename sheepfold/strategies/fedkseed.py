@@ -36,13 +36,17 @@ from sheepfold.strategies.base import Strategy, Weights, argument, hand_out, wei
 
 USES, SIZES = "uses", "sizes"
 """What the state remembers for Pro: how often each candidate was used, and the sum of its |g|, (K,) float64 each."""
+CLIP = 1000.0
+"""What a scalar counts at most in Pro's history, where nothing is said."""
 
 
-def fedkseed(probabilities: bool = False, clip: float = 1000.0, weights: Weights = "rows") -> Strategy:
+def fedkseed(probabilities: bool = False, clip: float = CLIP, weights: Weights = "rows") -> Strategy:
     """Return FedKSeed; probabilities: FedKSeed-Pro, whose history counts no scalar as more than `clip`."""
     clip = argument("clip", clip, "a number above 0", lambda x: x > 0)
     if not isinstance(probabilities, bool):
         raise ConfigError(f"federation.strategy_args.probabilities: found {probabilities!r}, expected true or false")
+    if clip != CLIP and not probabilities:
+        raise ConfigError("federation.strategy_args.clip: has no effect without probabilities: true; remove it")
 
     def begin(state: ServerState) -> ServerState:
         none = torch.zeros(len(state.adapter.extra[SEEDS]), dtype=torch.float64)

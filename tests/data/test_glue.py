@@ -48,7 +48,7 @@ def test_a_file_of_its_own_can_be_the_test_set(tmp_path):
     assert len(partition_only(data.model_copy(update={"test_split": str(tmp_path / "held.csv")})).holdout) == 2
     with pytest.raises(ConfigError, match=r"data.test_split 'train': clients hold this split"):
         read(data.model_copy(update={"test_split": "train"}))
-    with pytest.raises(DataError, match=r"one file has only the split 'train', found data.split 'validation'"):
+    with pytest.raises(DataError, match=r"one file has only the split 'train', found data.test_split 'validation'"):
         read(data.model_copy(update={"test_split": "validation"}))
 
 

@@ -62,6 +62,13 @@ def test_the_first_share_is_the_source_s_first_rows(jsonl: Jsonl) -> None:
     apart(data)
 
 
+def test_clients_whose_rows_are_all_public_are_named(jsonl: Jsonl) -> None:
+    path = jsonl(row(i) | {"client": f"w{i // 10}"} for i in range(40))
+    data = partition_only(settings(path, {"share": 0.5}, partition={"by": "natural"}))
+    assert list(data.clients) == ["w2", "w3"]
+    assert any(note == "2 clients have no row beside the public ones: w0, w1" for note in data.notes)
+
+
 def test_a_random_share_is_drawn_by_the_partition_s_seed(jsonl: Jsonl) -> None:
     path = jsonl(row(i) for i in range(60))
 
@@ -328,7 +335,7 @@ def test_a_hub_split_and_its_slices_are_not_both_handed_out(
 @pytest.mark.parametrize(
     ("public", "why"),
     [
-        ({"share": 0.2, "source": "validation"}, "share 0.2 and source 'validation' are both set; keep one of them"),
+        ({"share": 0.2, "source": "validation"}, r"share 0.2 and source 'validation' .* keep one of them \(share=0"),
         ({"pick": "random"}, "pick 'random' has no effect without share"),
         ({"source": "validation", "pick": "random"}, "pick 'random' has no effect without share"),
         ({"share": 1.0}, "share"),

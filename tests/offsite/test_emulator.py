@@ -11,7 +11,7 @@ from sheepfold import simulation
 from sheepfold.assembly import assemble, foundation
 from sheepfold.config import ModelSettings, build
 from sheepfold.errors import CheckpointError, ConfigError
-from sheepfold.models import load_base, load_tokenizer
+from sheepfold.models import BUILTIN, load_base, load_tokenizer
 from sheepfold.offsite import align, emulator
 from tests.offsite import bases
 
@@ -80,11 +80,14 @@ def test_the_emulator_loads_as_plain_transformers_and_gives_the_cut_models_logit
     assert made.shape == (1, 28), "with the cache too"
 
 
-def test_weights_keep_the_dtype_they_were_published_in_and_a_tied_tensor_stays_one(tmp_path):
-    experiment = build({"offsite": {"emu_r": 3, "drop_ratio": 0.0}})  # builtin:tiny: float16, tied
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])  # bfloat16: what auto is on a GPU
+def test_weights_keep_the_bits_they_were_published_with_and_a_tied_tensor_stays_one(dtype, tmp_path):
+    # builtin:tiny: float16, tied
+    experiment = build({"model": {"dtype": dtype}, "offsite": {"emu_r": 3, "drop_ratio": 0.0}})
     made = write(experiment, tmp_path / "out")
     tensors = load_file(made.folder / "model.safetensors")
     assert {t.dtype for t in tensors.values()} == {torch.float16}
+    assert made.tensors == emulator.hashes(BUILTIN), "no number is rounded"
     assert "lm_head.weight" not in tensors
     assert made.parameters == made.full_parameters == 1_000_576
 
@@ -131,6 +134,19 @@ def test_the_command_writes_what_a_run_would(closed, tmp_path, monkeypatch, caps
     with pytest.raises(SystemExit):
         cli.main()
     assert "demo: no offsite section" in capsys.readouterr().err
+
+
+def test_the_command_refuses_a_cut_that_cannot_be_before_any_weight_is_loaded(closed, tmp_path, monkeypatch, capsys):
+    from sheepfold import cli
+
+    (tmp_path / "own.yaml").write_text(f"model: {{base: {closed}}}\noffsite: {{drop_ratio: 0.95}}\n")
+    monkeypatch.setattr(emulator, "load_base", lambda *_: pytest.fail("the full model was loaded"))
+    monkeypatch.setattr("sys.argv", ["sheepfold", "offsite", str(tmp_path / "own.yaml"), str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 2
+    assert "offsite.drop_ratio 0.95: keeps round(6 x 0.05) = 0 of 6 middle layers" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_emulator_computes_in_the_dtype_that_is_asked_for(received):

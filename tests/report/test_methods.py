@@ -139,7 +139,7 @@ def test_a_teacher_judged_on_other_rows_than_the_clients_is_said_to_be(three):
         for folder in three:
             change_lines(folder, change)
             (folder / "closing.json").touch()
-        said[change] = text(section(page.content([read_run(folder) for folder in three]), "curves"))
+        said[change] = section(page.content([read_run(folder) for folder in three]), "curves")
     assert "by round, on the global test set; with open marks, the teacher that the server trains; " in said[None]
     apart = "over all clients' rows; with open marks, the teacher that the server trains on the global test set"
     assert apart in said[both]

@@ -435,7 +435,7 @@ def test_memory_that_runs_out_names_the_option_that_helps(shelf, tmp_path, monke
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
     monkeypatch.setattr(Classification, "predict", full)
-    with pytest.raises(TrainingError, match=r"round 1: out of memory .*; lower federation.strategy_args.batch_rows"):
+    with pytest.raises(TrainingError, match=r"distils in round 1 .*; lower federation.strategy_args.batch_rows"):
         parts.server(folded(parts))
 
 
@@ -538,6 +538,8 @@ def test_a_teacher_whose_head_gives_other_labels_is_named(shelf, tmp_path):
     (shelf / "polite" / "config.json").write_text(json.dumps(settings | {"id2label": {"0": "nice", "1": "nicer"}}))
     with pytest.raises(ModelError, match=r"^federation.strategy_args.teacher '.*polite': its head gives nice, nicer"):
         assemble(kd(shelf, tmp_path, "polite"))
+    with pytest.raises(ModelError, match=r"its head gives nice, nicer.*, or name a teacher of these labels"):
+        assemble(kd(shelf, tmp_path, "polite", **{"model.head": "new"}))  # which is about the student's
     assert experiment.data.labels == ("bad", "good", "odd")
 
 

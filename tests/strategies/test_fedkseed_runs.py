@@ -125,6 +125,7 @@ def refused(over: Mapping[str, object], why: str, tmp_path: Path) -> None:
         ({"train.steps": None, "train.epochs": 1, "federation.strategy_args": {"probabilities": True}}, "train.steps"),
         ({"federation.strategy_args": {"probabilities": 1}}, "probabilities: found 1, expected true or false"),
         ({"federation.strategy_args": {"clip": 0}}, "clip: found 0, expected a number above 0"),
+        ({"federation.strategy_args": {"clip": 5.0}}, "clip: has no effect without probabilities: true"),
         ({"adapter": {"method": "seeds", "options": {"seeds": 2}}}, "options.seeds: method seeds has none"),
         ({"adapter": {"method": "seeds", "options": {"candidates": 0}}}, "options.candidates: found 0"),
         ({"adapter": {"method": "seeds", "options": {"candidates": 2.5}}}, "options.candidates: found 2.5"),

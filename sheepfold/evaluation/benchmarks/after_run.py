@@ -98,6 +98,8 @@ def _answering(parts: "Parts", source: "Source") -> "Answering":
     from sheepfold.engines.cohort import CohortEngine
 
     parts.engine.close()
+    if parts.server is not None:
+        parts.server.free()
     if parts.closed is not None:
         parts.closed.free()
     elif isinstance(parts.engine, CohortEngine):
