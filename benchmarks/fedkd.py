@@ -309,6 +309,7 @@ def _table(pieces: Sequence[Mapping[str, Any]]) -> str:
     for piece in sorted(pieces, key=lambda p: p["key"]["seed"]):
         by.setdefault(piece["key"]["method"], []).append(piece)
     seeds = max(map(len, by.values()))
+    by = {m if len(g) == seeds else f"{m} ({len(g)} seeds)": by[m] for m, g in by.items()}
     out = [f"## {name}: {rows:,} training rows, 20 % of them the server's, LoRA at {lr:g}, {seeds} seeds\n"]
     for measured in dict.fromkeys([measure, "accuracy", "loss"]):
         out += [f"{measured} on the test rows\n", "| round | " + " | ".join(by) + " |", "|---" * (len(by) + 1) + "|"]

@@ -22,6 +22,7 @@ from sheepfold.folders import fresh_folder
 from sheepfold.layers import keep_layers, layer_list
 from sheepfold.loading import one_line, quiet
 from sheepfold.models import find_base
+from sheepfold.offsite.cut import cut_in
 from sheepfold.tasks.causal_lm import refuse_missing
 from sheepfold.tokenizers import read_tokenizer
 
@@ -61,6 +62,8 @@ def shrink(
     cls, config = _named(where, base, revision)
     with quiet(), one_line(base), torch.device("meta"):
         outline = cls(config)
+    if cut_in(outline) is not None:
+        raise ModelError(f"model.base {base!r}: is an emulator, whose layers its owner chose; shrink the full model")
     path, before = layer_list(outline, name), _parameters(outline)
     total = len(outline.get_submodule(path))
     keep_layers(outline, layers, path)

@@ -18,6 +18,7 @@ from sheepfold.tasks.classification import Classification
 from tests import encoders, small
 from tests.test_cli import typed
 
+CUT = {"layers": "encoder.layer", "total": 8, "source": [0, 2, 3, 4, 5, 7], "bottom": 1, "top": 1, "train": ["layers"]}
 SIX = {"num_hidden_layers": 6, "vocab_size": 1536}
 
 
@@ -197,6 +198,7 @@ def lacking(folder: Path) -> None:
         ),
         (lambda folder: edit(folder, architectures=["BertConfig"]), "expected the name of one class"),
         (lambda folder: edit(folder, quantization_config={"quant_method": "gptq", "bits": 4}), "weights are quantised"),
+        (lambda folder: edit(folder, sheepfold_offsite=CUT), "is an emulator, whose layers its owner chose"),
     ],
 )
 def test_bases_that_cannot_be_cut_are_one_line_and_leave_nothing(spoil, message, capsys, bert, tmp_path):

@@ -53,6 +53,7 @@ def carrier(
 
     only: the tensors that method full trains, where not all of them.
     """
+    hush()  # before PEFT, which imports bitsandbytes
     if settings.method == "lora" and beyond_peft:
         return HookCarrier(model, sites, settings.dropout)
     if settings.method == "lora":
@@ -274,7 +275,6 @@ class SideHooks:
 def _wrapped(model: Any, config: Any, name: str) -> Any:
     from peft import get_peft_model
 
-    hush()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # what PEFT asks of transformers is for PEFT to change
         return get_peft_model(model, config, adapter_name=name)

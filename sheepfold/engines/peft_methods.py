@@ -16,6 +16,7 @@ from torch import Tensor
 from sheepfold.adapter_methods import WHOLE
 from sheepfold.config import AdapterSettings
 from sheepfold.errors import ConfigError, ModelError, suggest
+from sheepfold.quantised import hush
 from sheepfold.targets import find_targets, is_conv1d, is_linear
 from sheepfold.tasks.base import Task
 from sheepfold.tasks.causal_lm import CAUSAL_LM
@@ -36,6 +37,7 @@ _IS_DORA = ("use_dora", "use_rslora")
 
 def config_class(method: str) -> Any:
     """Return PEFT's configuration class for a method; raises ConfigError for one that is not there, or not fit."""
+    hush()
     from peft import LoraConfig
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
