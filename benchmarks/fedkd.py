@@ -19,7 +19,6 @@ import importlib.util
 import json
 import os
 import shutil
-import statistics
 import sys
 import tempfile
 import time
@@ -34,14 +33,15 @@ warnings.filterwarnings("ignore")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
+from benchmarks.shared import nested, shared  # noqa: E402
 from sheepfold import simulation  # noqa: E402
 from sheepfold.assembly import assemble  # noqa: E402
 from sheepfold.config import Experiment, build  # noqa: E402
 from sheepfold.evaluation.labels import MEASURES  # noqa: E402
 from sheepfold.layers import keep_layers  # noqa: E402
+from sheepfold.report import intervals  # noqa: E402
 from sheepfold.rng import stream  # noqa: E402
 
 METHODS: Mapping[str, Mapping[str, Any]] = {
@@ -65,8 +65,6 @@ STUDENT = (1, 3, 5)
 PUBLIC = 0.2
 HELD_OUT, EVERY_ROUND = 5_000, 1_000
 """SST-2's training rows that nobody trains on, and how many of them are scored after every round"""
-T975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}
-"""Samples -> the 97.5 % point of Student's t"""
 
 
 def main() -> None:
@@ -84,10 +82,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--table", action="store_true")
     asked = parser.parse_args()
-    if asked.seeds > 1 and asked.seeds not in T975:
-        parser.error(
-            f"--seeds {asked.seeds}: intervals are known for {', '.join(map(str, T975))}; take one of them, or 1"
-        )
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
     pieces = asked.out / "fedkd-pieces.jsonl"
     asked.out.mkdir(parents=True, exist_ok=True)
@@ -229,18 +223,6 @@ def settings(place: Place, method: str, asked: argparse.Namespace) -> dict[str, 
     return options | dict(METHODS[method]) | {key: json.loads(value) for key, value in changes.items()}
 
 
-def nested(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return dotted keys as sections."""
-    values: dict[str, Any] = {}
-    for key, value in options.items():
-        *parents, last = key.split(".")
-        node = values
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = value
-    return values
-
-
 def shown(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that say what was run, and not where."""
     return {key: value for key, value in options.items() if not (isinstance(value, str) and "/" in value)}
@@ -261,10 +243,7 @@ def rows_of(name: str, count: int, seed: int) -> tuple[list[tuple[str, str]], li
 
 def read(name: str, file: str) -> Iterator[tuple[str, str]]:
     """Yield (sentence, label) of a set's file."""
-    shared = Path(os.environ.get("SHEEPFOLD_SHARED") or ROOT.parent / "shared")
-    path = shared / "data" / name / file
-    if not path.is_file():
-        raise SystemExit(f"{path}: not there; set SHEEPFOLD_SHARED to the folder that holds data/")
+    path = shared(f"data/{name}/{file}")
     words = ("unacceptable", "acceptable") if name == "cola" else ("negative", "positive")
     with path.open(encoding="utf-8", newline="") as text:
         for i, row in enumerate(csv.reader(text, delimiter="\t", quoting=csv.QUOTE_NONE)):
@@ -342,11 +321,8 @@ def _table(pieces: Sequence[Mapping[str, Any]]) -> str:
 
 def interval(values: Sequence[float], digits: int = 4) -> str:
     """Return the mean and half the width of its 95 % t interval."""
-    values = [float(v) for v in values]
-    if len(values) < 2:
-        return f"{np.mean(values):.{digits}f}"
-    half = T975[len(values)] * statistics.stdev(values) / len(values) ** 0.5
-    return f"{np.mean(values):.{digits}f} ± {half:.{digits}f}"
+    found = intervals.interval([float(v) for v in values])
+    return f"{found.mean:.{digits}f}" + ("" if found.reach is None else f" ± {found.reach:.{digits}f}")
 
 
 if __name__ == "__main__":

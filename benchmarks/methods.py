@@ -16,7 +16,6 @@ in $SHEEPFOLD_SHARED, else in ../shared beside the repository.
 
 import argparse
 import contextlib
-import copy
 import datetime
 import gc
 import hashlib
@@ -47,6 +46,7 @@ import torch  # noqa: E402
 
 from benchmarks.method_list import BASE, FULL, METHODS, QUICK, QUICK_METHODS, Options, Size, settings  # noqa: E402
 from benchmarks.method_table import table  # noqa: E402
+from benchmarks.shared import nested, shared  # noqa: E402
 from sheepfold import assembly, joining  # noqa: E402
 from sheepfold.adapter import Adapter  # noqa: E402
 from sheepfold.assembly import Parts, assemble  # noqa: E402
@@ -64,11 +64,8 @@ PROBE_SEED = 100
 
 def lab() -> Options:
     """Return where data and base are; stop with one line where they are not."""
-    shared = Path(os.environ.get("SHEEPFOLD_SHARED") or ROOT.parent / "shared")
-    found = {"model.base": shared / "models/lab-llama-1m", "data.source": shared / "data/natural_instructions_1613"}
-    if missing := [path for path in found.values() if not path.is_dir()]:
-        raise SystemExit(f"{missing[0]}: not there; set SHEEPFOLD_SHARED to the folder that holds data/ and models/")
-    return {key: str(path) for key, path in found.items()}
+    found = {"model.base": "models/lab-llama-1m", "data.source": "data/natural_instructions_1613"}
+    return {key: str(shared(place)) for key, place in found.items()}
 
 
 def machine() -> str:
@@ -78,14 +75,7 @@ def machine() -> str:
 
 def experiment(options: Options) -> Experiment:
     """Return the experiment of dotted keys."""
-    values: dict[str, Any] = {}
-    for key, value in copy.deepcopy(dict(options)).items():
-        *parents, last = key.split(".")
-        node = values
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = value
-    return build(values)
+    return build(nested(options))
 
 
 # One piece

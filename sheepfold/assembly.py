@@ -207,7 +207,14 @@ def assemble(
     engine.plan = plan or planning.batch_plan(experiment.train, numbers, chosen.size, base.device)
     closed = None
     if given is not None:
-        engine_on = partial(_engine_on_full, experiment, base.model, data, sites, train_rows, made, asked)
+        whole = trained(base.model, given.cut) if experiment.adapter.method == "full" else []
+        places, only = ([str(given.cut.plugged(name)) for name in names] for names in (sites, whole))
+
+        def engine_on(full_base: Base) -> AnyEngine:
+            """Return an engine on the full model, with adapters where its emulator has them."""
+            own = {place: full_base.model.get_submodule(place) for place in places}
+            return make_engine(experiment, full_base, data, own, train_rows, made, asked, only)
+
         closed = Closed(experiment, given, engine_on)
     parts = Parts(experiment, base, data, engine, chosen, made, metrics, initial, first, asked, closed=closed)
     return replace(parts, server=made.server(parts)) if made.server else parts
@@ -351,26 +358,6 @@ def make_engine(
         only = trained(model, cut_)
     common |= {"beyond_peft": made.beyond_peft, "only": only}
     return PeftModelEngine(model, list(sites), data.tokens, train_rows, train, adapter, **common)
-
-
-def _engine_on_full(
-    experiment: Experiment,
-    small: Any,
-    data: FederatedData,
-    sites: Mapping[str, Any],
-    train_rows: Mapping[str, np.ndarray],
-    made: Strategy,
-    asked: Task,
-    base: Base,
-) -> AnyEngine:
-    """Return an engine on a full model, with adapters where its emulator has them."""
-    cut_ = cut_in(small)
-    assert cut_ is not None
-    places = {str(cut_.plugged(path)): path for path in sites}
-    own = {place: base.model.get_submodule(place) for place in places}
-    whole = trained(small, cut_) if experiment.adapter.method == "full" else []
-    only = [str(cut_.plugged(name)) for name in whole]
-    return make_engine(experiment, base, data, own, train_rows, made, asked, only)
 
 
 def load_data(experiment: Experiment, tokenizer: Any) -> FederatedData:

@@ -18,7 +18,7 @@ from sheepfold import card_facts
 from sheepfold.adapter_methods import WHOLE
 from sheepfold.card_facts import Table
 from sheepfold.config import CardSettings, ModelSettings
-from sheepfold.tasks import task
+from sheepfold.tasks import task_of
 from sheepfold.tasks.base import Task
 from sheepfold.tasks.causal_lm import CAUSAL_LM
 
@@ -184,7 +184,7 @@ def card_of(experiment: "Experiment", rounds: int, asked: Task) -> Card:
 def card_of_run(run: "RunFolder", round: int | None = None, which: str = "") -> Card:
     """Return what a run's folder says of an adapter of it, as of a round (None: the last)."""
     experiment, lines = run.experiment(), run.lines()
-    asked = task(experiment, tuple(run.data().get("labels", ())))
+    asked = task_of(run)
     if not lines:
         return card_of(experiment, 0, asked)
     round = lines[-1]["round"] if round is None else round

@@ -24,7 +24,7 @@ from sheepfold.errors import AdapterMismatch, CheckpointError, ConfigError, sugg
 from sheepfold.folders import fresh_folder, replace_file, writing
 from sheepfold.loading import quiet
 from sheepfold.models import Base, config_only, load_base
-from sheepfold.targets import is_conv1d
+from sheepfold.targets import is_conv1d, tied_head
 
 if TYPE_CHECKING:
     from sheepfold.assembly import Parts
@@ -271,7 +271,7 @@ def export_merged(
         save_model(base, fresh, state_dict=_cast(merged(model, adapter), dtype))
         # what save_pretrained takes from the frozen base: its dtype, its ties
         own = {"dtype": str(dtype).removeprefix("torch.")}
-        untied = {} if _tied(model).isdisjoint(adapter.pairs) else {"tie_word_embeddings": False}
+        untied = {} if tied_head(model).isdisjoint(adapter.pairs) else {"tie_word_embeddings": False}
         _edit_json(fresh / "config.json", own | untied)
         card = card or Card(base.name, Path(folder).name)
         about = about or {"adapter hash": adapter.hash()}
@@ -321,14 +321,6 @@ def _dtype(name: str) -> torch.dtype:
     if name not in DTYPES:
         raise ConfigError(f"--dtype {name!r}: {suggest(name, DTYPES)}")
     return DTYPES[name]
-
-
-def _tied(model: Any) -> set[str]:
-    """Return the output head's path, where its weight is the input embedding's too."""
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if head is None or head.weight is not embedding.weight:
-        return set()
-    return {name for name, module in model.named_modules() if module is head}
 
 
 def _edit_json(path: Path, changes: Mapping[str, Any]) -> None:

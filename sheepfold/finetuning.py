@@ -20,13 +20,12 @@ import torch
 from sheepfold.adapter import Adapter
 from sheepfold.assembly import Parts, assemble
 from sheepfold.config import Experiment
-from sheepfold.engines.common import Local, score_of
+from sheepfold.engines.common import Local
 from sheepfold.engines.peft_model import PeftModelEngine
 from sheepfold.errors import ConfigError, TrainingError, suggest
-from sheepfold.evaluation.labels import MEASURES
 from sheepfold.finetuning_facts import facts_of, write
 from sheepfold.folders import fresh_folder
-from sheepfold.joining import EVERYONE, evaluation_rows, shared_rows
+from sheepfold.joining import EVERYONE, evaluation_rows, judged, shared_rows
 from sheepfold.journal import plain
 from sheepfold.local.steps import steps_per_epoch
 from sheepfold.messages import Assignment
@@ -204,16 +203,12 @@ class _Watch:
 
     def measure(self, line: dict[str, Any]) -> None:
         """Add the held-out figures to an epoch's line, and tell it."""
-        parts, model, began = self.parts, self.engine.carrier.model, time.perf_counter()
+        model, began = self.engine.carrier.model, time.perf_counter()
         held_out: dict[str, float] = {}
         if len(self.rows):
             model.eval()
-            at_once = parts.experiment.evaluation.batch_rows
-            score = score_of(parts.task, model, parts.data.tokens, self.rows, at_once, self.engine.device)
+            held_out = judged(self.parts, model, self.rows)
             model.train()
-            held_out["loss"] = score.loss.value
-            if score.confusion is not None:
-                held_out |= {name: MEASURES[name](score.confusion) for name in parts.task.measures}
         line["held_out"] = held_out
         now = time.perf_counter()
         line["seconds"] = {"training": began - self._began, "evaluation": now - began}

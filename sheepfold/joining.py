@@ -11,7 +11,7 @@ import numpy as np
 from sheepfold.adapter import Adapter, combined
 from sheepfold.assembly import AnyEngine, Parts
 from sheepfold.config import TrainSettings
-from sheepfold.engines.common import DITTO, OWN, Work, with_own
+from sheepfold.engines.common import DITTO, OWN, Work, score_of, with_own
 from sheepfold.evaluation.labels import MEASURES
 from sheepfold.local.store import ClientStore
 from sheepfold.messages import Assignment, Update
@@ -245,6 +245,14 @@ def held_out(parts: Parts, adapters: Sequence[Callable[[], Adapter]], work: Work
         for i, one in zip(mine, found, strict=True):
             scores[i] = one
     return scores
+
+
+def judged(parts: Parts, model: Any, rows: np.ndarray) -> dict[str, float]:
+    """Return what a plain model comes to on rows by number: the loss, and the task's other measures by name."""
+    at_once = parts.experiment.evaluation.batch_rows
+    score = score_of(parts.task, model, parts.data.tokens, rows, at_once, parts.base.device)
+    found = {"loss": score.loss.value}
+    return found | {m: MEASURES[m](score.confusion) for m in parts.task.measures if score.confusion is not None}
 
 
 def _a_few(

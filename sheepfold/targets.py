@@ -60,6 +60,14 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
+def tied_head(model: Any) -> set[str]:
+    """Return the output head's path, where its weight is the input embedding's too."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or head.weight is not embedding.weight:
+        return set()
+    return {name for name, module in model.named_modules() if module is head}
+
+
 def is_conv1d(module: nn.Module) -> bool:
     """Return whether the module is GPT-2's Conv1D, a linear layer whose weight is stored (d_in, d_out)."""
     return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"

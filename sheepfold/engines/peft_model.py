@@ -18,7 +18,7 @@ from torch import Tensor
 from sheepfold.adapter import Adapter, kind
 from sheepfold.config import AdapterSettings, GenerationSettings, TrainSettings
 from sheepfold.data.rows import TokenRows
-from sheepfold.engines.carriers import PeftCarrier, SideHooks, carrier
+from sheepfold.engines.carriers import Carrier, PeftCarrier, SideHooks, carrier
 from sheepfold.engines.common import FIRST_LOSS_SCALE, Local, LocalEngine, Work, score_of
 from sheepfold.local import optimizers
 from sheepfold.local.rules import Factors, LocalRule
@@ -44,19 +44,23 @@ class PeftModelEngine(LocalEngine):
         plan: BatchPlan,
         beyond_peft: bool = False,
         only: Sequence[str] | None = None,
+        carried: Carrier | None = None,
         **client: Any,
     ) -> None:
         """Make an engine over clients' training rows, {client: row numbers}; `sites` are the modules that LoRA adapts.
 
         beyond_peft: adapters may hold cores and sparse deltas, for which PEFT has no layers; only: the tensors that
-        method full trains, where not all; `client`: see LocalEngine.
+        method full trains, where not all; carried: the model with what carries adapters in it, where a kind of engine
+        has its own; `client`: see LocalEngine.
         The model is the engine's from here on. Raises ConfigError for the optimizer, the method or its options.
         """
         super().__init__(tokens, train_rows, train, elementwise=False, seed=seed, plan=plan, **client)
         first = next(model.parameters())
         self.device, self.half = first.device, first.dtype == torch.float16
         self.side = SideHooks(model, sites)
-        self.carrier = carrier(model, sites, adapter, seed, beyond_peft=beyond_peft, task=self.task, only=only)
+        if carried is None:
+            carried = carrier(model, sites, adapter, seed, beyond_peft=beyond_peft, task=self.task, only=only)
+        self.carrier = carried
 
     def initial(self) -> Adapter:
         """Return the adapter as PEFT initialises it, from this run's seed."""

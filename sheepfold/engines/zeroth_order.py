@@ -20,15 +20,13 @@ from sheepfold import adapter_methods
 from sheepfold.adapter import Adapter
 from sheepfold.config import AdapterSettings, TrainSettings
 from sheepfold.data.rows import TokenRows
-from sheepfold.engines.carriers import SideHooks
-from sheepfold.engines.common import Local, LocalEngine
+from sheepfold.engines.common import Local
 from sheepfold.engines.peft_model import PeftModelEngine
 from sheepfold.engines.seed_carrier import SEEDS, SeedCarrier, number_type
 from sheepfold.local.rules import LocalRule
 from sheepfold.local.steps import step_rows
 from sheepfold.messages import Absence, Update
 from sheepfold.rng import stream
-from sheepfold.state import BatchPlan
 
 CANDIDATES, SCALARS = "candidates", "scalars"
 """What a message names the steps' candidates, (steps,) integers, and their scalar gradients, (steps,) float32; a step
@@ -47,18 +45,16 @@ class ZerothOrderEngine(PeftModelEngine):
         adapter: AdapterSettings,
         *,
         seed: int,
-        plan: BatchPlan,
         **client: Any,
     ) -> None:
         """Make an engine over clients' training rows, {client: row numbers}; `client`: see LocalEngine.
 
         The model is the engine's from here on. Raises ConfigError for the optimizer, ModelError for the model.
         """
-        LocalEngine.__init__(self, tokens, train_rows, train, elementwise=False, seed=seed, plan=plan, **client)
         options = adapter_methods.seed_options(adapter.options)
         self.eps = options.eps
-        self.carrier = self.weights = SeedCarrier(model, options.candidates, train.lr, seed)
-        self.device, self.side = self.weights.device, SideHooks(model, [])
+        self.weights = SeedCarrier(model, options.candidates, train.lr, seed)
+        super().__init__(model, [], tokens, train_rows, train, adapter, seed=seed, carried=self.weights, **client)
 
     def train_pass(self, clients: Sequence[Local], rule: LocalRule | None) -> None:
         """Take these clients through their round, one after the other; no rule has a part in it."""

@@ -17,6 +17,7 @@ from torch import nn
 from sheepfold.errors import ConfigError, ModelError
 from sheepfold.layers import layer_list
 from sheepfold.offsite.settings import OffsiteSettings
+from sheepfold.targets import tied_head
 
 KEY = "sheepfold_offsite"
 """The entry of an emulator's configuration that holds its cut."""
@@ -183,14 +184,9 @@ def _groups(model: Any, layers: str) -> Mapping[str, str]:
 
 def _check_ties(model: Any, groups: Sequence[str]) -> None:
     """Raise ConfigError where only one of two groups is trained that share a tensor."""
-    head = model.get_output_embeddings()
     asked = [group for group in ("embeddings", "head") if group in groups]
-    if len(asked) == 1 and head is not None and _tied(model):
+    if len(asked) == 1 and tied_head(model):
         raise ConfigError(
             f"offsite.train {asked[0]}: this model's head is its input embedding (tie_word_embeddings), so both are "
             "trained or neither; name embeddings and head, or neither"
         )
-
-
-def _tied(model: Any) -> bool:
-    return model.get_output_embeddings().weight is model.get_input_embeddings().weight

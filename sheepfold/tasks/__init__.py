@@ -8,6 +8,7 @@ from sheepfold.config import DataSettings, Experiment
 
 if TYPE_CHECKING:
     from sheepfold.data.rows import Record
+    from sheepfold.journal import RunFolder
     from sheepfold.tasks.base import Task
 
 
@@ -23,6 +24,11 @@ def task(experiment: Experiment, labels: tuple[str, ...] = ()) -> "Task":
     from sheepfold.tasks.causal_lm import CAUSAL_LM
 
     return CAUSAL_LM
+
+
+def task_of(run: "RunFolder") -> "Task":
+    """Return the task of a run, with the labels that its data had."""
+    return task(run.experiment(), tuple(run.data().get("labels", ())))
 
 
 def with_labels(task: "Task | None", data: DataSettings, records: "Sequence[Record]") -> "Task":
