@@ -67,9 +67,10 @@ def read(data: bytes, most_bytes: int | None = None) -> tuple[dict[str, Any], di
     if not isinstance(metadata, dict) or not isinstance(metadata.get("sheepfold"), str):
         _refuse("it has no sheepfold head; it was written by another program")
     head = _parsed(metadata["sheepfold"].encode())
+    tensors = _tensors(table, body)
     if head.get("hash") != hashlib.sha256(body).hexdigest():
         _refuse("its numbers are not those that were written; it was damaged on the way")
-    return head, _tensors(table, body)
+    return head, tensors
 
 
 def _parts(data: bytes, most_bytes: int | None) -> tuple[bytes, memoryview]:
