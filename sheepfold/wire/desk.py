@@ -76,7 +76,7 @@ class Desk:
     def received(self, client: str) -> Assignment:
         """Return a client's assignment as it arrives there."""
         handed = self.assignments[client]
-        if handed.wire.down == "fp32":
+        if handed.wire.down == "fp32" and _in_rows(handed):
             return handed
         memory = {name: self._as_seen(t, handed) for name, t in handed.memory.items()}
         return replace(handed, adapter=self._adapter_seen(handed), side=self._side_seen(handed), memory=memory)
@@ -126,7 +126,7 @@ class Desk:
         parcel = Parcel(sender, letter.round, letter.wire, letter.tensors, start, seen)
         arrived = inbound(self.terms.transforms, parcel).tensors
         check_finite(arrived)
-        sent = {n.removeprefix(ADAPTER): t for n, t in arrived.items() if n.startswith(ADAPTER)}
+        sent = {n.removeprefix(ADAPTER): t.contiguous() for n, t in arrived.items() if n.startswith(ADAPTER)}
         memory = {n.removeprefix(MEMORY): t for n, t in arrived.items() if n.startswith(MEMORY)}
         adapter = _whole(handed, sent, letter.scales)
         unsent = frozenset(handed.adapter.tensors()) - sent.keys()
@@ -158,7 +158,8 @@ class Desk:
         return self._sides[id(handed.side)][1]
 
     def _as_seen(self, tensor: Tensor, handed: Assignment) -> Tensor:
-        return self._round(tensor, handed)[1] if shrinks(tensor.dtype, handed.wire.down) else tensor
+        # bytes lie in rows, and products of numbers that lie otherwise have other last bits
+        return self._round(tensor, handed)[1] if shrinks(tensor.dtype, handed.wire.down) else tensor.contiguous()
 
     def _round(self, tensor: Tensor, handed: Assignment) -> tuple[dict[str, Tensor], Tensor]:
         """Return a tensor as it travels down, by the ends of its names, and as it arrives."""
@@ -167,6 +168,12 @@ class Desk:
             self._rounded[id(tensor)] = tensor, parts, widened(parts, handed.wire.down)[""].to(tensor.dtype)
         _, parts, seen = self._rounded[id(tensor)]
         return parts, seen
+
+
+def _in_rows(handed: Assignment) -> bool:
+    """Return whether an assignment's numbers lie in memory as they do in bytes."""
+    side = (t for pair in handed.side.pairs.values() for t in (pair.A, pair.B))
+    return all(t.is_contiguous() for t in (*handed.sent().values(), *side, *handed.memory.values()))
 
 
 def _whole(handed: Assignment, sent: Mapping[str, Tensor], scales: Mapping[str, float]) -> Adapter:

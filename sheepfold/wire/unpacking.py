@@ -1,7 +1,7 @@
 """Blobs back to messages. What is well-formed is not yet believed: a letter goes through checks.py."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from sheepfold.wire.packing import (
     paths,
 )
 
+T = TypeVar("T")
 FORMATS: tuple[Format, ...] = ("fp32", "bf16", "int8")
 MOST_STAGES = 16
 
@@ -92,8 +93,13 @@ def unpack_assignment(data: bytes, mine: Adapter, run: str = RUN, most_bytes: in
 
 def _as_mine(tensors: Mapping[str, Tensor], mine: Adapter) -> dict[str, Tensor]:
     """Return tensors that were narrowed, in the number formats that the client's own adapter has."""
-    had = {ADAPTER + name: t.dtype for name, t in mine.tensors().items()}
-    return {name: t.to(had[name]) if name in had and t.is_floating_point() else t for name, t in tensors.items()}
+    had = {ADAPTER + name: t.dtype for name, t in mine.tensors().items() if t.is_floating_point()}
+    usual = next(iter(had.values()), torch.float32)  # of tensors in a form that the first adapter did not have
+
+    def dtype(name: str, t: Tensor) -> torch.dtype:
+        return had.get(name, usual) if name.startswith(ADAPTER) and t.is_floating_point() else t.dtype
+
+    return {name: t.to(dtype(name, t)) for name, t in tensors.items()}
 
 
 def _adapter(tensors: Mapping[str, Tensor], head: Mapping[str, Any], mine: Adapter, known: frozenset[str]) -> Adapter:
@@ -118,7 +124,20 @@ def _adapter(tensors: Mapping[str, Tensor], head: Mapping[str, Any], mine: Adapt
     if odd := sorted(sent.keys() - adapter.tensors().keys()):
         raise WireError(f"an assignment with a tensor {odd[0][:200]!r}, which belongs to no change of its adapter")
     heads.check_fits(adapter)
-    return adapter
+    return _in_order(adapter, mine)
+
+
+def _in_order(adapter: Adapter, mine: Adapter) -> Adapter:
+    """Return an adapter with its modules in the order in which the client has them, as the server has them too.
+
+    An order decides floating-point sums, such as a gradient's norm.
+    """
+    place = {path: i for i, path in enumerate([*mine.pairs, *mine.sparse, *mine.extra])}
+
+    def ordered(parts: Mapping[str, T]) -> dict[str, T]:
+        return dict(sorted(parts.items(), key=lambda part: place.get(part[0], len(place))))
+
+    return Adapter(ordered(adapter.pairs), ordered(adapter.extra), ordered(adapter.sparse))
 
 
 def _side(tensors: Mapping[str, Tensor], head: Mapping[str, Any]) -> Adapter:
