@@ -26,9 +26,8 @@ from sheepfold.messages import Assignment, Update
 from sheepfold.models import load_tokenizer
 from sheepfold.state import ServerState
 from sheepfold.strategies import AROUND, FOLDS
-from sheepfold.strategies.base import no_more
 from sheepfold.strategies.hetlora import RANKS
-from sheepfold.wire.ends import Terms, written
+from sheepfold.wire.ends import terms, written
 from sheepfold.wire.packing import pack
 from tests import small
 from tests.runs import experiment
@@ -383,7 +382,7 @@ def test_the_journal_counts_what_the_messages_count(tmp_path, shared):
         parts = assemble(tiny(tmp_path, shared, **METHODS[name], **{"federation.clients_per_round": 4}))
         for line, (_, assignments, updates) in zip(journal(outcome)[1:], in_rounds(parts, 3), strict=True):
             assert line["downlink_bytes"] == sum(len(pack(a)) for a in assignments)
-            terms = Terms(parts.strategy.private, parts.strategy.beside or no_more)
-            letters = [written(u, a, terms, {})[0] for a, u in zip(assignments, updates, strict=True)]
+            agreed = terms(parts.experiment, parts.strategy)
+            letters = [written(u, a, agreed, {})[0] for a, u in zip(assignments, updates, strict=True)]
             assert line["uplink_bytes"] == sum(len(pack(letter)) for letter in letters)
         parts.engine.close()
