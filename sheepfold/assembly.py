@@ -37,6 +37,7 @@ from sheepfold.strategies.base import ServerStep, Strategy, cut
 from sheepfold.targets import find_targets, is_conv1d, linear_shape, new_adapter
 from sheepfold.tasks import task
 from sheepfold.tasks.base import Task
+from sheepfold.wire.ends import over_the_wire, terms
 
 AnyEngine = CohortEngine | PeftModelEngine
 
@@ -109,8 +110,9 @@ def check(experiment: Experiment) -> tuple[Strategy, dict[str, Metric]]:
     """
     made = strategy(experiment.federation, local_rule(experiment))
     made.check(experiment)
-    made = keeping_local(made, experiment)
+    made = over_the_wire(keeping_local(made, experiment), experiment)
     check_personal(experiment, made)
+    terms(experiment, made)
     if made.pairs_only and experiment.adapter.method != "lora":
         raise ConfigError(
             f"federation.strategy {made.name}: it is about LoRA's A and B, and adapter.method is "

@@ -254,6 +254,16 @@ class TrainSettings(Section):
         return self
 
 
+class WireSettings(Section):
+    """How numbers travel, each way (docs/wire.md)."""
+
+    up: Literal["fp32", "bf16", "int8"] = "fp32"
+    """Updates: fp32, every number as it is; bf16, each client's change in bfloat16; int8, its change in 8 bits with a
+    scale a row, and what that lost added to its next one."""
+    down: Literal["fp32", "bf16", "int8"] = "fp32"
+    """Assignments: fp32, every number as it is; bf16 or int8, rounded, where the server goes on with its exact ones."""
+
+
 class FederationSettings(Section):
     """Who takes part, and how updates become one adapter."""
 
@@ -274,6 +284,10 @@ class FederationSettings(Section):
     weights: Literal["auto", "rows", "target_tokens", "processed_rows", "uniform"] = "auto"
     """A client's weight in the fold: its training rows, their target tokens, the rows it processed, or 1; auto: as the
     method's paper has it, rows for most."""
+    wire: WireSettings = WireSettings()
+    norm_bound: Annotated[float, Field(gt=0)] | None = None
+    """L2 bound on all that one client's update changes: clients shorten theirs to it, and the server rejects what is
+    longer; null: no bound."""
 
     @model_validator(mode="after")
     def _number_or_fraction(self) -> Self:

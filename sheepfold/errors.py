@@ -6,7 +6,9 @@ SheepfoldError
 ├── ModelError           bases, tokenizers, weights, target modules
 ├── AdapterMismatch      two adapters that should have the same shape and do not
 ├── CheckpointError      a run's folder that cannot be read, written or resumed
-└── TrainingError        a round that cannot go on
+├── TrainingError        a round that cannot go on
+├── WireError            a message that is damaged, or not what its receiver asked for
+└── PolicyError          an experiment that asks a data owner for more than it gives
 
 A message says where (round, client, module, setting or file), what was found, what was expected, and a way on.
 The command line prints it as one line and exits with code 2.
@@ -43,6 +45,14 @@ class CheckpointError(SheepfoldError):
 
 class TrainingError(SheepfoldError):
     """A round that cannot go on, such as one in which no client took a good step."""
+
+
+class WireError(SheepfoldError):
+    """A message that is damaged, or not what its receiver asked for."""
+
+
+class PolicyError(SheepfoldError):
+    """An experiment that asks a data owner for more than its policy gives."""
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

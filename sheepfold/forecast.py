@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from sheepfold import planning
-from sheepfold.adapter import Adapter, kind, nbytes
+from sheepfold.adapter import Adapter
 from sheepfold.adapter_methods import SEEDS, seed_options
 from sheepfold.assembly import (
     Foundation,
@@ -24,7 +24,7 @@ from sheepfold.assembly import (
 from sheepfold.config import Experiment
 from sheepfold.distillation.teacher import Foreseen
 from sheepfold.engines.seed_carrier import number_type
-from sheepfold.local.steps import steps_in_round
+from sheepfold.local.steps import round_lr, steps_in_round
 from sheepfold.models import Outline, pick_device
 from sheepfold.offsite.cut import cut_in
 from sheepfold.offsite.cut import trained as offsite_names
@@ -35,6 +35,8 @@ from sheepfold.state import BatchPlan, ServerState
 from sheepfold.strategies.base import Strategy
 from sheepfold.targets import linear_shape
 from sheepfold.tasks.base import Task
+from sheepfold.wire.ends import terms
+from sheepfold.wire.foresight import traffic
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,34 +146,35 @@ def _traffic(
     outline = known.outline
     if experiment.adapter.method == SEEDS:
         return _scalars(experiment, made, known, replace(state, adapter=Adapter(extra={SEEDS: torch.zeros(numbers)})))
-    if experiment.adapter.method != "lora":
-        size = numbers * (outline.dtype.itemsize if experiment.adapter.method == "full" else 4)
-        return float(size), float(size)
     if made.beyond_peft:
         return None, None  # its first rounds are made from the base's weights, which are not loaded here
-    sites = sites_of(experiment, outline.model, known.task)
-    start = read_start(experiment, outline.model)
-    names = whole_names(outline.model, known.task)
-    check_patterns(experiment, [*sites, *names])
-    whole = {name: torch.zeros(outline.model.get_parameter(name).shape) for name in names}
-    state = made.begin(replace(state, adapter=first_adapter(experiment, sites, start, state.setting, whole)))
-    # a mean gradient travels beside what trained (scaffold's change of variates)
-    copies = 2 if made.local is not None and made.local.mean_gradient else 1
-    cache = dict[int, tuple[int, int]]()
-    each = []
-    for client in state.setting.clients:
-        kind_of_client = id(state.setting.ranks.get(client))
-        if kind_of_client not in cache:
-            handed = made.assign(state, client, 0.0)
-            up = {
-                n: t
-                for n, t in handed.adapter.tensors().items()
-                if kind(n) not in handed.frozen and not made.private(n)
-            }
-            cache[kind_of_client] = handed.nbytes, copies * nbytes(up)
-        each.append(cache[kind_of_client])
-    down, up_ = np.array(each).mean(0)
-    return float(down), float(up_)
+    if experiment.adapter.method == "lora":
+        sites = sites_of(experiment, outline.model, known.task)
+        start = read_start(experiment, outline.model)
+        names = whole_names(outline.model, known.task)
+        check_patterns(experiment, [*sites, *names])
+        whole = {name: torch.zeros(outline.model.get_parameter(name).shape) for name in names}
+        first = first_adapter(experiment, sites, start, state.setting, whole)
+    else:
+        first = _in_place(experiment, outline, known.task)
+    state = made.begin(replace(state, adapter=first))
+    lr = round_lr(experiment.train, 0, rounds=experiment.federation.rounds)
+    each = list(traffic(state, made, terms(experiment, made), experiment.train.engine, lr))
+    down, up = np.array(each, dtype=np.float64).mean(0)
+    return float(down), float(up)
+
+
+def _in_place(experiment: Experiment, outline: Outline, asked: Task) -> Adapter:
+    """Return the whole tensors that train where there are no pairs: names and shapes, no numbers."""
+    model: Any = outline.model
+    if experiment.adapter.method == "full":
+        trained = {name: (p.shape, outline.dtype) for name, p in model.named_parameters()}
+    else:
+        from sheepfold.engines.carriers import carrier
+
+        carried = carrier(model, [], experiment.adapter, experiment.seed, task=asked)
+        trained = {n.removesuffix("/extra"): (t.shape, torch.float32) for n, t in carried.factors().items()}
+    return Adapter(extra={n: torch.empty(shape, dtype=d, device="meta") for n, (shape, d) in trained.items()})
 
 
 def _scalars(

@@ -1,12 +1,21 @@
-"""What goes out to a client and what comes back."""
+"""What goes out to a client and what comes back, as values; wire/packing.py makes bytes of them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from sheepfold.adapter import Adapter, LoraPair, kind, nbytes
 from sheepfold.metrics import Mean
+from sheepfold.wire.dtypes import Format
+
+
+@dataclass(frozen=True, slots=True)
+class Wire:
+    """How numbers travel."""
+
+    up: Format = "fp32"
+    down: Format = "fp32"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,13 +39,22 @@ class Assignment:
     """Kinds of tensors that do not train this round, such as {"A"} (see adapter.kind)."""
     known: frozenset[str] = frozenset({"positions"})
     """Kinds of tensors, or flat names, that a client makes from the seed or the base, so that nobody sends them."""
+    wire: Wire = Wire()
 
     @property
     def nbytes(self) -> int:
-        """Bytes that this assignment takes on the wire, downwards."""
-        sent = {n: t for n, t in self.adapter.tensors().items() if not {n, kind(n)} & self.known}
+        """Bytes of the numbers that travel downwards, as they are; `packing.sent_bytes` counts the whole message."""
         side = sum(min(nbytes({"A": p.A, "B": p.B}), _dense_bytes(p)) for p in self.side.pairs.values())
-        return nbytes(sent) + side + nbytes(self.memory)
+        return nbytes(self.sent()) + side + nbytes(self.memory)
+
+    def sent(self) -> dict[str, Tensor]:
+        """Return those of the adapter's tensors that travel, by flat name."""
+        return {n: t for n, t in self.adapter.tensors().items() if not {n, kind(n)} & self.known}
+
+    def trained(self, private: Callable[[str], bool]) -> dict[str, Tensor]:
+        """Return those of the adapter's tensors that a client sends back, by flat name, as they were handed out."""
+        tensors = self.adapter.tensors().items()
+        return {n: t for n, t in tensors if not (kind(n) in self.frozen or kind(n) == "positions" or private(n))}
 
 
 def _dense_bytes(pair: LoraPair) -> int:
@@ -79,12 +97,17 @@ class Update:
     """What the strategy wants to hear beside the adapter."""
     unsent: frozenset[str] = frozenset()
     """Flat names of the adapter's tensors that stayed with the client, or did not train."""
+    sent_bytes: int | None = None
+    """Bytes that arrived; None: it did not travel."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes that this update takes on the wire, upwards."""
-        sent = {name: t for name, t in self.adapter.tensors().items() if name not in self.unsent}
-        return nbytes(sent) + nbytes(self.memory)
+        """Bytes of the numbers that travel upwards, as they are; `packing.sent_bytes` counts the whole message."""
+        return nbytes(self.sent()) + nbytes(self.memory)
+
+    def sent(self) -> dict[str, Tensor]:
+        """Return those of the adapter's tensors that travel, by flat name."""
+        return {name: t for name, t in self.adapter.tensors().items() if name not in self.unsent}
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,3 +118,5 @@ class Absence:
     reason: str
     steps: int = 0
     """Steps it drew rows for all the same."""
+    sent_bytes: int = 0
+    """Bytes that arrived all the same."""

@@ -17,10 +17,11 @@ from sheepfold.messages import Absence, Assignment, Measurements, Update
 from sheepfold.metrics import Mean, merge
 from sheepfold.state import ServerState
 from sheepfold.strategies.base import ServerStep, Strategy
+from sheepfold.wire.packing import sent_bytes
 
 
 class Engine(Protocol):
-    """One way to train the sampled clients."""
+    """One way to train the sampled clients, in process or far away: assignments go out, updates stream in."""
 
     def train(self, assignments: Sequence[Assignment]) -> Iterator[Update | Absence]:
         """Yield what each client returns, in the order of the assignments."""
@@ -46,7 +47,9 @@ class RoundReport:
     steps: dict[str, int] = field(default_factory=dict)
     """Steps for which each client drew rows."""
     downlink_bytes: int = 0
+    """Bytes of all messages to the cohort; see wire/packing.py."""
     uplink_bytes: int = 0
+    """Bytes of all that came back, rejected or not."""
     server: Mapping[str, float] = field(default_factory=dict)
     """Figures of what the server trained itself."""
     server_seconds: float = 0.0
@@ -61,13 +64,13 @@ class RoundReport:
     def note(self, answers: Iterable[Update | Absence]) -> Iterator[Update]:
         """Pass updates on to the fold, and write down what each client did."""
         for answer in answers:
+            self.uplink_bytes += sent_bytes(answer)
             if isinstance(answer, Absence):
                 self.absences[answer.client] = answer.reason
                 self.steps[answer.client] = answer.steps
                 continue
             self.clients[answer.client] = answer.measurements
             self.steps[answer.client] = answer.measurements.steps
-            self.uplink_bytes += answer.nbytes
             yield answer
         if not self.clients and len(self.cohort) > 1:
             raise TrainingError(f"round {self.round}: no client took a good step ({self.reasons()})")
@@ -98,7 +101,7 @@ def rounds(
         cohort = sampler.sample(state.round)
         report = RoundReport(state.round + 1, cohort, lr(state.round))
         assignments = [strategy.assign(state, client, report.lr) for client in cohort]
-        report.downlink_bytes = sum(a.nbytes for a in assignments)
+        report.downlink_bytes = sum(map(sent_bytes, assignments))
         updates = report.note(engine.train(assignments))
         first = next(updates, None)
         # a cohort of one whose client stayed away: nothing to fold, and no reason to stop

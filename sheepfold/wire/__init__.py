@@ -1,0 +1,1 @@
+"""Messages as bytes: one blob each way, judged before it is believed."""
