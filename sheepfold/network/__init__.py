@@ -1,0 +1,1 @@
+"""A run whose clients are other machines: what both sides agree on, and the server's end. Knows of no transport."""
