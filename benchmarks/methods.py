@@ -47,7 +47,7 @@ import torch  # noqa: E402
 from benchmarks.method_list import BASE, FULL, METHODS, QUICK, QUICK_METHODS, Options, Size, settings  # noqa: E402
 from benchmarks.method_table import table  # noqa: E402
 from benchmarks.shared import nested, shared  # noqa: E402
-from sheepfold import assembly, joining  # noqa: E402
+from sheepfold import assembly, joining, marks  # noqa: E402
 from sheepfold.adapter import Adapter  # noqa: E402
 from sheepfold.assembly import Parts, assemble  # noqa: E402
 from sheepfold.config import Experiment, build  # noqa: E402
@@ -149,7 +149,7 @@ def judge(parts: Parts, state: ServerState, size: Size, split: str) -> dict[str,
             else:
                 work.append((group, lambda: whole, np.concatenate(list(rows.values()))))
         asked = [(i, rows) for i, (_, _, rows) in enumerate(work)]
-        means = joining.score(parts, [adapter for _, adapter, _ in work], asked, measure)
+        means = marks.score(parts, [adapter for _, adapter, _ in work], asked, measure)
         for when in ("sampled", "never", "sampled new", "never new"):
             score = merge(mean for (group, _, _), mean in zip(work, means, strict=True) if group.startswith(when))
             scores |= {f"{measure} {when}": score.value} if score.count else {}

@@ -43,6 +43,20 @@ AnyEngine = CohortEngine | PeftModelEngine
 
 
 @dataclass(frozen=True, slots=True)
+class Site:
+    """One machine of a run between machines: who takes part, and what of all rows is here."""
+
+    clients: Sequence[str]
+    """Everybody, in the order that draws of cohorts and ranks go by"""
+    data: Callable[[Any, Task], FederatedData]
+    """(tokenizer, task) -> the rows here: a client's own, or the server's, which has no client's"""
+    load: Callable[..., Base] = load_base
+    """models.load_base, or what gives a base that was loaded before"""
+    serves: bool = False
+    """Whether it is the server's, which trains what its method has the server train, and has no client's rows"""
+
+
+@dataclass(frozen=True, slots=True)
 class Parts:
     """Everything a run is made of, ready to go."""
 
@@ -63,6 +77,13 @@ class Parts:
     """What the server trains after each fold"""
     closed: Closed | None = None
     """The full model, where clients have an emulator of it"""
+    apart: bool = False
+    """Whether clients' rows are on machines of their own; `data` then has those of this machine alone"""
+
+    @property
+    def clients(self) -> Sequence[str]:
+        """Everybody who takes part, wherever their rows are."""
+        return self.setting.clients
 
     def start(self) -> ServerState:
         """Return the state before round 1."""
@@ -103,13 +124,16 @@ class Foundation:
     """What the emulator is aligned on"""
 
 
-def check(experiment: Experiment) -> tuple[Strategy, dict[str, Metric]]:
+def check(experiment: Experiment, serves: bool = True) -> tuple[Strategy, dict[str, Metric]]:
     """Find out what can be found without data and model: names of parts, optimizer arguments, measures, stop keys.
 
+    serves: whether this machine is the server, or all there is; what the server alone has is looked for there alone.
     Raises ConfigError for the first thing that is wrong.
     """
     made = strategy(experiment.federation, local_rule(experiment))
     made.check(experiment)
+    if serves:
+        made.check_server(experiment)
     made = over_the_wire(keeping_local(made, experiment), experiment)
     check_personal(experiment, made)
     terms(experiment, made)
@@ -145,6 +169,8 @@ def check(experiment: Experiment) -> tuple[Strategy, dict[str, Metric]]:
 
 def _try(name: str, metric: Metric, data: FederatedData) -> None:
     """Score one row with a metric, so that an own one that gives no number is found before anything trains."""
+    if not len(data.records):
+        return  # a server without rows: its clients try it
     score = metric(data.records[0], data.records[0].output)
     if not isinstance(score, int | float):
         raise ConfigError(f"evaluation.metrics {name!r}: gave a {type(score).__name__} for a row, expected a number")
@@ -168,24 +194,33 @@ def local_rule(experiment: Experiment) -> rules.LocalRule | None:
 
 
 def assemble(
-    experiment: Experiment, plan: BatchPlan | None = None, emulator: Callable[[], Path] | None = None
+    experiment: Experiment,
+    plan: BatchPlan | None = None,
+    emulator: Callable[[], Path] | None = None,
+    site: Site | None = None,
 ) -> Parts:
     """Return the parts of an experiment; `plan` is a resumed run's, else it follows from the machine.
 
-    emulator: gives the folder of a closed model's emulator, which is made there unless it is there already.
+    emulator: gives the folder of a closed model's emulator, which is made there unless it is there already. site: the
+    one machine of several that this is; None: there is one, and it has all rows that the experiment names.
 
     Raises ConfigError, DataError, ModelError or AdapterMismatch, each with its one line.
     """
-    made, metrics = check(experiment)
+    serves = site is None or site.serves  # what the server trains is no client's to have
+    made, metrics = check(experiment, serves)
     if experiment.offsite is not None and emulator is None:
         raise ConfigError("offsite: only a run has clients that get an emulator; remove it here (offsite=null)")
-    known = foundation(experiment)
+    if experiment.offsite is not None and site is not None:
+        raise ConfigError("offsite: an emulator has no way to another machine; remove it (offsite=null)")
+    known = foundation(experiment, site)
     asked, outline, data = known.task, known.outline, known.data
-    chosen = sampler(experiment.federation, list(data.clients), experiment.seed)
+    clients = list(data.clients if site is None else site.clients)
+    more = 0.0 if site is None else experiment.network.over_selection
+    chosen = sampler(experiment.federation, clients, experiment.seed, more)
     for name, metric in metrics.items():
         _try(name, metric, data)
     start = read_start(experiment, outline.model)
-    ranks = clients_ranks(experiment, outline, list(data.clients))
+    ranks = clients_ranks(experiment, outline, clients)
     if experiment.adapter.method == "lora":
         check_patterns(experiment, [*sites_of(experiment, outline.model, asked), *whole_names(outline.model, asked)])
     # the heavy part, when all else is known to be there
@@ -193,10 +228,11 @@ def assemble(
     if emulator is not None and experiment.offsite is not None:
         given = full.written(experiment, known, emulator())
         settings = full.settings_of(given, settings)
-    base = load_base(settings, experiment.device, known.tokenizer, task=asked)
+    load = load_base if site is None else site.load
+    base = load(settings, experiment.device, known.tokenizer, task=asked)
     train_rows = {name: rows.train for name, rows in data.clients.items()}
     sites = sites_of(experiment, base.model, asked) if experiment.adapter.method == "lora" else {}
-    setting = make_setting(experiment, list(data.clients), ranks, sites, start, made)
+    setting = make_setting(experiment, clients, ranks, sites, start, made)
     fresh = fresh_whole(base.model, asked)  # before an engine puts its own layers there
     engine = make_engine(experiment, base, data, sites, train_rows, made, asked)
     if isinstance(engine, PeftModelEngine) and not sites:
@@ -219,16 +255,17 @@ def assemble(
 
         closed = Closed(experiment, given, engine_on)
     parts = Parts(experiment, base, data, engine, chosen, made, metrics, initial, first, asked, closed=closed)
-    return replace(parts, server=made.server(parts)) if made.server else parts
+    parts = replace(parts, apart=site is not None)
+    return replace(parts, server=made.server(parts)) if made.server and serves else parts
 
 
-def foundation(experiment: Experiment) -> Foundation:
+def foundation(experiment: Experiment, site: Site | None = None) -> Foundation:
     """Return what can be known without weights; a task with labels takes them from the data."""
     asked = task(experiment)
     outline = config_only(experiment.model, experiment.device, asked)
     check_length(experiment, outline.max_positions)
     tokenizer = load_tokenizer(experiment.model, asked)
-    data = load_data(experiment, tokenizer)
+    data = load_data(experiment, tokenizer) if site is None else site.data(tokenizer, asked)
     if data.labels:
         asked = task(experiment, data.labels)
         outline = config_only(experiment.model, experiment.device, asked)

@@ -15,6 +15,7 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_v
 
 from sheepfold import adapter_methods, rank_choice, tracking
 from sheepfold.errors import ConfigError, suggest
+from sheepfold.network.settings import NetworkSettings
 from sheepfold.offsite import settings as offsite_settings
 from sheepfold.offsite.settings import OffsiteSettings
 from sheepfold.section import Fraction, Positive, Section, Share
@@ -439,6 +440,7 @@ class Experiment(Section):
     data: DataSettings = DataSettings()
     train: TrainSettings = TrainSettings()
     federation: FederationSettings = FederationSettings()
+    network: NetworkSettings = NetworkSettings()
     personal: PersonalSettings = PersonalSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     offsite: OffsiteSettings | None = None

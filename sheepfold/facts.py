@@ -1,6 +1,7 @@
 """What a run writes down and tells: its data, its start, and each round, as plain values."""
 
 from collections import Counter
+from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
@@ -9,6 +10,7 @@ from sheepfold.data.rows import FederatedData
 from sheepfold.data.table import NONE
 from sheepfold.rounds import RoundReport
 from sheepfold.state import ServerState
+from sheepfold.wire.exams import ClientFacts
 
 MOST_CATEGORIES = 80
 """Categories that are counted by name, the most frequent; the rest are added up, so that no run's facts grow large."""
@@ -18,7 +20,8 @@ LIBRARIES = ("sheepfold", "torch", "transformers")
 def data_facts(parts: Parts) -> dict[str, Any]:
     """Return what the data amounts to: enough to tell whether two runs saw the same."""
     data = parts.data
-    sizes = {c: {"train": len(r.train), "eval": len(r.eval), "test": len(r.test)} for c, r in data.clients.items()}
+    sizes = dict.fromkeys(parts.clients, dict.fromkeys(("train", "eval", "test"), 0))  # of rows elsewhere: see below
+    sizes |= {c: {"train": len(r.train), "eval": len(r.eval), "test": len(r.test)} for c, r in data.clients.items()}
     return {
         "fingerprint": data.fingerprint,
         "base": parts.base.fingerprint if parts.closed is None else parts.closed.fingerprint,
@@ -36,6 +39,13 @@ def data_facts(parts: Parts) -> dict[str, Any]:
         "ranks": _modules_by_rank(parts),
         "versions": {library: metadata.version(library) for library in LIBRARIES},
     }
+
+
+def with_clients(facts: Mapping[str, Any], heard: Mapping[str, ClientFacts]) -> dict[str, Any]:
+    """Return a run's facts on its data with what clients told of rows on their own machines."""
+    sizes = {c: {"train": f.train, "eval": f.eval, "test": f.test} for c, f in heard.items()}
+    told = {c: {"fingerprint": f.fingerprint, "target_tokens": f.target_tokens} for c, f in heard.items()}
+    return {**facts, "clients": {**facts["clients"], **sizes}, "told": {**facts.get("told", {}), **told}}
 
 
 def category_rows(data: FederatedData) -> dict[str, Any]:
@@ -75,10 +85,10 @@ def run_facts(parts: Parts) -> dict[str, Any]:
         "base": parts.base.name,
         "device": str(parts.base.device),
         "dtype": str(parts.base.dtype).removeprefix("torch."),
-        "clients": len(parts.data.clients),
+        "clients": len(parts.clients),
         "cohort": parts.sampler.size,
         "rounds": parts.experiment.federation.rounds,
-        "train_rows": int(sum(len(c.train) for c in parts.data.clients.values())),
+        "train_rows": None if parts.apart else int(sum(len(c.train) for c in parts.data.clients.values())),
         "adapter_numbers": sum(t.numel() for t in tensors),
         "ranks": _kinds_of_clients(parts),
         "plan": parts.engine.plan,
@@ -123,6 +133,8 @@ def round_line(report: RoundReport, state: ServerState) -> dict[str, Any]:
         "seconds": {"round": report.seconds, **stages},
         "adapter": state.hash(),
     }
+    if report.late:
+        line["late"] = report.late
     if report.server:
         line["server"] = dict(report.server)
         line["seconds"] = {"round": report.seconds, "server": report.server_seconds, **stages}

@@ -25,9 +25,10 @@ from sheepfold.engines.peft_model import PeftModelEngine
 from sheepfold.errors import ConfigError, TrainingError, suggest
 from sheepfold.finetuning_facts import facts_of, write
 from sheepfold.folders import fresh_folder
-from sheepfold.joining import EVERYONE, evaluation_rows, judged, shared_rows
+from sheepfold.joining import EVERYONE
 from sheepfold.journal import plain
 from sheepfold.local.steps import steps_per_epoch
+from sheepfold.marks import evaluation_rows, judged, shared_rows
 from sheepfold.messages import Assignment
 from sheepfold.metrics import Mean
 

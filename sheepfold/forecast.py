@@ -23,7 +23,7 @@ from sheepfold.assembly import (
 )
 from sheepfold.config import Experiment
 from sheepfold.distillation.teacher import Foreseen
-from sheepfold.engines.seed_carrier import number_type
+from sheepfold.engines.seed_carrier import SEEDS as SUMS
 from sheepfold.local.steps import round_lr, steps_in_round
 from sheepfold.models import Outline, pick_device
 from sheepfold.offsite.cut import cut_in
@@ -144,8 +144,6 @@ def _traffic(
 ) -> tuple[float | None, float | None]:
     """Return the bytes of a client's assignment and update in round 1, the mean over clients; None: not foreseen."""
     outline = known.outline
-    if experiment.adapter.method == SEEDS:
-        return _scalars(experiment, made, known, replace(state, adapter=Adapter(extra={SEEDS: torch.zeros(numbers)})))
     if made.beyond_peft:
         return None, None  # its first rounds are made from the base's weights, which are not loaded here
     if experiment.adapter.method == "lora":
@@ -155,11 +153,14 @@ def _traffic(
         check_patterns(experiment, [*sites, *names])
         whole = {name: torch.zeros(outline.model.get_parameter(name).shape) for name in names}
         first = first_adapter(experiment, sites, start, state.setting, whole)
+    elif experiment.adapter.method == SEEDS:
+        first = Adapter(extra={SUMS: torch.zeros(numbers)})
     else:
         first = _in_place(experiment, outline, known.task)
     state = made.begin(replace(state, adapter=first))
     lr = round_lr(experiment.train, 0, rounds=experiment.federation.rounds)
-    each = list(traffic(state, made, terms(experiment, made), experiment.train.engine, lr))
+    steps = {name: steps_in_round(experiment.train, len(c.train)) for name, c in known.data.clients.items()}
+    each = list(traffic(state, made, terms(experiment, made), experiment.train.engine, lr, steps))
     down, up = np.array(each, dtype=np.float64).mean(0)
     return float(down), float(up)
 
@@ -175,16 +176,6 @@ def _in_place(experiment: Experiment, outline: Outline, asked: Task) -> Adapter:
         carried = carrier(model, [], experiment.adapter, experiment.seed, task=asked)
         trained = {n.removesuffix("/extra"): (t.shape, torch.float32) for n, t in carried.factors().items()}
     return Adapter(extra={n: torch.empty(shape, dtype=d, device="meta") for n, (shape, d) in trained.items()})
-
-
-def _scalars(
-    experiment: Experiment, made: Strategy, known: Foundation, state: ServerState
-) -> tuple[float | None, float | None]:
-    """Return a client's bytes down and up where scalars travel: for each step, its candidate and its scalar."""
-    state = made.begin(state)
-    steps = [steps_in_round(experiment.train, len(c.train)) for c in known.data.clients.values()]
-    a_step = number_type(len(state.adapter.extra[SEEDS])).itemsize + 4
-    return float(made.assign(state, "", 0.0).nbytes), a_step * float(np.mean(steps))
 
 
 def _adapter_size(experiment: Experiment, outline: Outline, widest: Mapping[str, int], asked: Task) -> tuple[int, int]:

@@ -1,22 +1,22 @@
 """Was joining worth it? Base, each client alone, all rows in one place, and the federation, on the same rows."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from sheepfold.adapter import Adapter, combined
 from sheepfold.assembly import AnyEngine, Parts
 from sheepfold.config import TrainSettings
-from sheepfold.engines.common import DITTO, OWN, Work, score_of, with_own
-from sheepfold.evaluation.labels import MEASURES
+from sheepfold.engines.common import DITTO, OWN, with_own
 from sheepfold.local.store import ClientStore
+from sheepfold.marks import Marks, evaluation_rows, marks, shared_rows
 from sheepfold.messages import Assignment, Update
-from sheepfold.metrics import Mean, Score
-from sheepfold.rng import stream
+from sheepfold.metrics import Score
 from sheepfold.state import ServerState
 
 EVERYONE = "everyone"
@@ -98,17 +98,22 @@ def fine_tune(parts: Parts, state: ServerState, lr: float, steps: int) -> Client
     """
     train = parts.experiment.train.model_copy(update={"steps": steps, "epochs": None})
     engine = _plain(parts.engine, train=train)
-    store, tuned = parts.engine.store, ClientStore()
+    tuned = ClientStore()
     clients = list(parts.data.clients)
     for first in range(0, len(clients), parts.engine.plan.clients_per_pass):
         work = []
         for client in clients[first : first + parts.engine.plan.clients_per_pass]:
             assigned = replace(parts.strategy.assign(state, client, lr), frozen=frozenset())
-            work.append(replace(assigned, adapter=with_own(assigned.adapter, store.get(client, state.round), OWN)))
+            work.append(replace(assigned, adapter=with_own(assigned.adapter, kept(parts, state, client), OWN)))
         for answer in engine.train(work):
             if isinstance(answer, Update):
                 tuned.put(answer.client, state.round, answer.adapter.tensors())
     return tuned
+
+
+def kept(parts: Parts, state: ServerState, client: str) -> Mapping[str, Tensor]:
+    """Return what a client has of its own, as of a state."""
+    return parts.engine.store.get(client, state.counted.get(client, 0))
 
 
 def personal(
@@ -119,7 +124,7 @@ def personal(
     kind: OWN or DITTO, which of its own tensors count; where it is in `tuned`, that is all.
     """
     handed = parts.strategy.assign(state, client, 0.0)
-    adapter = with_own(handed.adapter, parts.engine.store.get(client, state.round), kind)
+    adapter = with_own(handed.adapter, kept(parts, state, client), kind)
     if tuned is not None:
         adapter = adapter.holding(tuned.get(client, state.round))
     return combined(handed.side, adapter)
@@ -154,25 +159,24 @@ def _plain(
     return other
 
 
-def evaluation_rows(parts: Parts) -> dict[str, np.ndarray]:
-    """Return each client's held-out rows as the experiment asks for them; at most rows_per_client, always the same."""
-    settings, seed = parts.experiment.evaluation, parts.experiment.data.seed
-    most = settings.rows_per_client
+def contenders(
+    parts: Parts,
+    state: ServerState,
+    local: Mapping[str, Adapter],
+    central: Adapter | None = None,
+    tuned: ClientStore | None = None,
+) -> dict[str, Callable[[], Adapter]]:
+    """Return whom held-out rows judge: base, federated, centralised, and of each client here local: and personal:.
 
-    def chosen(client: str) -> np.ndarray:
-        rows = parts.data.label_rows(client, settings.split)
-        if most is None or len(rows) <= most:
-            return rows
-        return np.sort(stream(seed, "evaluation", client).permutation(rows)[:most])
-
-    return {client: chosen(client) for client in parts.data.clients}
-
-
-def shared_rows(parts: Parts, own: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Return everybody's rows: the global test set, else all clients' held-out rows together."""
-    if len(parts.data.holdout):
-        return parts.data.holdout
-    return np.concatenate(list(own.values()))
+    local: what each client reached alone; central: what all rows in one place did; tuned: see `fine_tune`.
+    """
+    base = parts.initial if parts.engine.bare is None else parts.engine.bare
+    made: dict[str, Callable[[], Adapter]] = {"base": lambda: base, "federated": state.whole}
+    if central is not None:
+        made["centralised"] = lambda: central
+    made |= {f"local:{client}": partial(local.__getitem__, client) for client in local}
+    mine = parts.data.clients if parts.personal else {}
+    return made | {f"personal:{client}": partial(going_home, parts, state, tuned, client) for client in mine}
 
 
 def compare(
@@ -184,96 +188,27 @@ def compare(
     tuned: ClientStore | None = None,
 ) -> Closing:
     """Score everybody on each client's own rows and on everybody's; measures: 'loss', the task's, the run's metrics."""
-    base = parts.initial if parts.engine.bare is None else parts.engine.bare
-    made: dict[str, Callable[[], Adapter]] = {"base": lambda: base, "federated": state.whole}
-    if central is not None:
-        made["centralised"] = lambda: central
-    who = list(made)
-    made |= {f"local:{client}": partial(local.__getitem__, client) for client in local}
-    mine = parts.data.clients if parts.personal else {}
-    made |= {f"personal:{client}": partial(going_home, parts, state, tuned, client) for client in mine}
-    number = {name: i for i, name in enumerate(made)}
+    made = contenders(parts, state, local, central, tuned)
     own = evaluation_rows(parts)
     shared = shared_rows(parts, own)
     asked: list[tuple[str, str, np.ndarray]] = []
     for client, rows in own.items():
         if len(rows):
-            subjects = [*who, *([f"local:{client}"] if client in local else [])]
-            subjects += [f"personal:{client}"] if client in mine else []
-            asked += [(client, subject, rows) for subject in subjects]
-    everywhere = [n for n in number if not n.startswith("personal:")]  # an own adapter is for its own rows
+            asked += [(client, subject, rows) for subject in made if subject.partition(":")[2] in ("", client)]
+    everywhere = [n for n in made if not n.startswith("personal:")]  # an own adapter is for its own rows
     asked += [("shared", subject, shared) for subject in everywhere] if len(shared) else []
+    number = {name: i for i, name in enumerate(made)}
     work = [(number[subject], rows) for _, subject, rows in asked]
+    found = marks(parts, list(made.values()), work, measures)
+    named = [(of, subject, mark) for (of, subject, _), mark in zip(asked, found, strict=True)]
+    return Closing(table(named, measures), list(own), len(shared), [m for m in measures if m != "loss"])
+
+
+def table(named: Sequence[tuple[str, str, Marks]], measures: Sequence[str]) -> dict[str, dict[str, dict[str, float]]]:
+    """Return a closing table of (rows of, subject, marks)."""
     scores: dict[str, dict[str, dict[str, float]]] = {}
-    for measure, values in figures(parts, list(made.values()), work, measures).items():
-        for (rows_of, subject, _), value in zip(asked, values, strict=True):
+    for measure in measures:
+        for rows_of, subject, mark in named:
             label = subject.partition(":")[0] if rows_of != "shared" else subject
-            scores.setdefault(measure, {}).setdefault(rows_of, {})[label] = value
-    return Closing(scores, list(own), len(shared), [m for m in measures if m != "loss"])
-
-
-def figures(
-    parts: Parts, adapters: Sequence[Callable[[], Adapter]], work: Work, measures: Sequence[str]
-) -> dict[str, list[float]]:
-    """Return each measure of adapters[a]() on the given rows, for each (a, row numbers) of the work."""
-    held = held_out(parts, adapters, work)
-    found = {"loss": [score.loss.value for score in held]}
-    for measure in parts.task.measures:
-        found[measure] = [MEASURES[measure](score.confusion) for score in held if score.confusion is not None]
-    for measure in parts.metrics:
-        found[measure] = [mean.value for mean in score(parts, adapters, work, measure)]
-    return {measure: found[measure] for measure in measures}
-
-
-def score(parts: Parts, adapters: Sequence[Callable[[], Adapter]], work: Work, measure: str) -> list[Mean]:
-    """Return the loss, or a metric of generated answers, of adapters[a]() for each (a, row numbers) of the work."""
-    if measure == "loss":
-        return [score.loss for score in held_out(parts, adapters, work)]
-    means, metric, records = [Mean()] * len(work), parts.metrics[measure], parts.data.records
-    for mine, made, part in _a_few(parts, adapters, work):
-        for i, (_, numbers), texts in zip(mine, part, answer(parts, made, part), strict=True):
-            total = sum(metric(records[int(n)], text) for n, text in zip(numbers, texts, strict=True))
-            means[i] = Mean(total, len(numbers))
-    return means
-
-
-def held_out(parts: Parts, adapters: Sequence[Callable[[], Adapter]], work: Work) -> list[Score]:
-    """Return what adapters[a]() come to without generating, for each (a, row numbers) of the work."""
-    scores = [Score()] * len(work)
-    for mine, made, part in _a_few(parts, adapters, work):
-        found = parts.engine.scores(made, part, parts.experiment.evaluation.batch_rows)
-        for i, one in zip(mine, found, strict=True):
-            scores[i] = one
+            scores.setdefault(measure, {}).setdefault(rows_of, {})[label] = mark.figure(measure)
     return scores
-
-
-def judged(parts: Parts, model: Any, rows: np.ndarray) -> dict[str, float]:
-    """Return what a plain model comes to on rows by number: the loss, and the task's other measures by name."""
-    at_once = parts.experiment.evaluation.batch_rows
-    score = score_of(parts.task, model, parts.data.tokens, rows, at_once, parts.base.device)
-    found = {"loss": score.loss.value}
-    return found | {m: MEASURES[m](score.confusion) for m in parts.task.measures if score.confusion is not None}
-
-
-def _a_few(
-    parts: Parts, adapters: Sequence[Callable[[], Adapter]], work: Work
-) -> Iterator[tuple[list[int], list[Adapter], Work]]:
-    """Yield the work in parts of a few adapters: (its places in the work, the adapters, the part).
-
-    They are made when their turn comes, as many on the device as a pass has, or a few.
-    """
-    size = max(8, parts.engine.plan.clients_per_pass)
-    for first in range(0, len(adapters), size):
-        mine = [i for i, (a, _) in enumerate(work) if first <= a < first + size]
-        part = [(work[i][0] - first, work[i][1]) for i in mine]
-        yield mine, [make() for make in adapters[first : first + size]], part
-
-
-def answer(parts: Parts, adapters: Sequence[Adapter], work: Work) -> list[list[str]]:
-    """Return the generated answer for each row of each (adapter, row numbers) of the work, as text."""
-    tokenizer = parts.base.tokenizer
-    stop = parts.base.stop_ids
-    generated = parts.engine.generate(
-        adapters, work, parts.experiment.evaluation.generation, tokenizer.pad_token_id, stop
-    )
-    return [[tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in part] for part in generated]

@@ -30,6 +30,7 @@ from sheepfold.config import EvaluationSettings, Experiment, build, dump, read_y
 from sheepfold.errors import CheckpointError, ConfigError
 
 MAY_CHANGE = {"name", "output", "cache", "keep_rounds", "baselines", "trackers", "tracker_args", "card"}
+MAY_CHANGE |= {"network.deadline", "network.quorum"}  # nobody should have to wait for a machine that is gone for good
 MAY_CHANGE |= {f"evaluation.{name}" for name in EvaluationSettings.model_fields if name.startswith(("task", "allow"))}
 """Options, or sections of them, that a resumed run may set anew: they change no number of the training."""
 
@@ -187,17 +188,23 @@ def check_same(folder: RunFolder, now: Experiment) -> None:
 
     More rounds may follow, unless the learning rate was planned over the number of rounds.
     """
-    before = folder.experiment()
+    if changed := difference(folder.experiment(), now):
+        key, was, is_ = changed
+        raise ConfigError(
+            f"--resume {folder.path}: {key} was {was!r} and is now {is_!r}; set it back, or start a new run"
+        )
+
+
+def difference(before: Experiment, now: Experiment) -> tuple[str, Any, Any] | None:
+    """Return (option, what it was, what it is) where a run could not go on with other options; None where it could."""
     old, new = before.model_dump(mode="json"), now.model_dump(mode="json")
     planned = before.train.round_schedule in ("linear", "cosine")
     for key, was, is_ in _differences(old, new):
         parts = key.split(".")
         sections = {".".join(parts[:n]) for n in range(1, len(parts) + 1)}
-        if sections & MAY_CHANGE or (key == "federation.rounds" and not planned):
-            continue
-        raise ConfigError(
-            f"--resume {folder.path}: {key} was {was!r} and is now {is_!r}; set it back, or start a new run"
-        )
+        if not (sections & MAY_CHANGE or (key == "federation.rounds" and not planned)):
+            return key, was, is_
+    return None
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], at: str = "") -> list[tuple[str, Any, Any]]:

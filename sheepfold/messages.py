@@ -36,10 +36,13 @@ class Assignment:
     side: Adapter = field(default_factory=Adapter)
     """What the base has changed by since the run began: frozen pairs, the same for everybody."""
     frozen: frozenset[str] = frozenset()
-    """Kinds of tensors that do not train this round, such as {"A"} (see adapter.kind)."""
+    """Kinds of tensors that nobody sends back, such as {"A"} (see adapter.kind): they do not train this round, or how
+    they moved follows from what is sent beside."""
     known: frozenset[str] = frozenset({"positions"})
     """Kinds of tensors, or flat names, that a client makes from the seed or the base, so that nobody sends them."""
     wire: Wire = Wire()
+    last: int = 0
+    """Rounds completed after this client's last update that counted; 0: none did. It goes on from what it kept then."""
 
     @property
     def nbytes(self) -> int:
@@ -99,6 +102,8 @@ class Update:
     """Flat names of the adapter's tensors that stayed with the client, or did not train."""
     sent_bytes: int | None = None
     """Bytes that arrived; None: it did not travel."""
+    late: int | None = None
+    """Rounds completed before the round that it answers, where that one has closed without it; else None."""
 
     @property
     def nbytes(self) -> int:
@@ -120,3 +125,5 @@ class Absence:
     """Steps it drew rows for all the same."""
     sent_bytes: int = 0
     """Bytes that arrived all the same."""
+    late: int | None = None
+    """Rounds completed before the round that it answers, where that one has closed without it; else None."""

@@ -34,6 +34,10 @@ class Score:
     confusion: np.ndarray | None = None
     """(labels, labels) int64, where targets are labels: how often each was given for each"""
 
+    def __add__(self, other: "Score") -> "Score":
+        tables = [table for table in (self.confusion, other.confusion) if table is not None]
+        return Score(self.loss + other.loss, sum(tables[1:], start=tables[0]) if tables else None)
+
 
 def merge(means: Iterable[Mean]) -> Mean:
     """Return the mean over everything that the parts measured."""

@@ -46,6 +46,10 @@ class RoundReport:
     absences: dict[str, str] = field(default_factory=dict)
     steps: dict[str, int] = field(default_factory=dict)
     """Steps for which each client drew rows."""
+    late: dict[str, str] = field(default_factory=dict)
+    """What became of answers to rounds that had closed, by client."""
+    counted: dict[str, int] = field(default_factory=dict)
+    """Rounds completed after the one that each client's update answers: this one, or one before."""
     downlink_bytes: int = 0
     """Bytes of all messages to the cohort; see wire/packing.py."""
     uplink_bytes: int = 0
@@ -65,12 +69,17 @@ class RoundReport:
         """Pass updates on to the fold, and write down what each client did."""
         for answer in answers:
             self.uplink_bytes += sent_bytes(answer)
+            if answer.late is not None:
+                became = answer.reason if isinstance(answer, Absence) else "counts here"
+                self.late[answer.client] = f"its answer of round {answer.late + 1}: {became}"
             if isinstance(answer, Absence):
-                self.absences[answer.client] = answer.reason
-                self.steps[answer.client] = answer.steps
+                if answer.late is None:
+                    self.absences[answer.client] = answer.reason
+                self.steps[answer.client] = self.steps.get(answer.client, 0) + answer.steps
                 continue
             self.clients[answer.client] = answer.measurements
-            self.steps[answer.client] = answer.measurements.steps
+            self.steps[answer.client] = self.steps.get(answer.client, 0) + answer.measurements.steps
+            self.counted[answer.client] = self.round if answer.late is None else answer.late + 1
             yield answer
         if not self.clients and len(self.cohort) > 1:
             raise TrainingError(f"round {self.round}: no client took a good step ({self.reasons()})")
@@ -116,6 +125,6 @@ def rounds(
             state, report.server = server(state)
             report.server_seconds = time.perf_counter() - folded
         drawn = {client: state.drawn.get(client, 0) + steps for client, steps in report.steps.items()}
-        state = replace(state, drawn={**state.drawn, **drawn})
+        state = replace(state, drawn={**state.drawn, **drawn}, counted={**state.counted, **report.counted})
         report.seconds = time.perf_counter() - began
         yield state, report

@@ -1,10 +1,8 @@
-"""A whole run on one machine: the loop of rounds.py, and everything that goes around it."""
+"""A whole run: the loop of rounds.py, and all that goes around it, wherever its clients are (clients.py)."""
 
-import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +12,23 @@ from sheepfold import joining, stopping
 from sheepfold import state as states
 from sheepfold.adapter import Adapter
 from sheepfold.assembly import Parts, assemble, check
+from sheepfold.clients import Clients, InProcess, Listener, Place, silent
+from sheepfold.closing import rates
 from sheepfold.config import Experiment
 from sheepfold.errors import CheckpointError, TrainingError
 from sheepfold.evaluation.benchmarks import after_run
-from sheepfold.evaluation.held_out import HeldOut, held_out
+from sheepfold.evaluation.held_out import HeldOut
 from sheepfold.export import save_adapter, write_cards
-from sheepfold.facts import data_facts, round_line, run_facts
+from sheepfold.facts import data_facts, round_line, run_facts, with_clients
 from sheepfold.journal import RunFolder, check_same, last_folder, new_folder
-from sheepfold.local.steps import round_lr
-from sheepfold.local.store import ClientStore, folder_name
+from sheepfold.judging import evaluate
+from sheepfold.local.store import ClientStore
 from sheepfold.results import write_results
 from sheepfold.rounds import rounds
 from sheepfold.state import ServerState
 from sheepfold.tracking.live import followed
-from sheepfold.wire.ends import terms
-from sheepfold.wire.link import Link
 
-Listener = Callable[[str, Mapping[str, Any]], None]
-"""Is told what happens: (event, facts). Events: stage, start, round, progress, closing, benchmarks, benchmarks_failed,
-end."""
+__all__ = ["Listener", "Outcome", "run", "silent"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,35 +50,41 @@ EMPTY_ROUNDS = 3
 """Rounds in a row without a single update after which a run gives up."""
 
 
-def silent(event: str, facts: Mapping[str, Any]) -> None:
-    """Tell nobody."""
-
-
 def run(
-    experiment: Experiment, *, resume: bool = False, resume_from: int | None = None, listener: Listener = silent
+    experiment: Experiment,
+    *,
+    resume: bool = False,
+    resume_from: int | None = None,
+    listener: Listener = silent,
+    place: Place | None = None,
 ) -> Outcome:
     """Run an experiment to its end and return what it came to; see journal.py for what it leaves in its folder.
 
-    resume goes on from the newest state of the newest run of this name, resume_from from a kept round of it. Raises
-    SheepfoldError of one kind or another, with one line, for whatever cannot go on; what was written stays.
+    resume goes on from the newest state of the newest run of this name, resume_from from a kept round of it; place says
+    where the clients are (None: in this process). Raises SheepfoldError of one kind or another, with one line, for
+    whatever cannot go on; what was written stays.
     """
     with followed(experiment, listener) as told:
-        return _run_all(experiment, resume or resume_from is not None, resume_from, told)
+        return _run_all(experiment, resume or resume_from is not None, resume_from, told, place or InProcess())
 
 
-def _run_all(experiment: Experiment, resume: bool, resume_from: int | None, listener: Listener) -> Outcome:
+def _run_all(
+    experiment: Experiment, resume: bool, resume_from: int | None, listener: Listener, place: Place
+) -> Outcome:
     check(experiment)
+    site = place.site(experiment)
     after_run.check(experiment)
     folder = last_folder(experiment) if resume else None
     state = _resumed(folder, experiment, resume_from) if folder else None
     listener("stage", {"text": f"loading {experiment.model.base}"})
     try:
         folders = [folder] if folder else []
-        parts = assemble(experiment, state.plan if state else None, lambda: _begun(experiment, folders).emulator)
+        plan = state.plan if state else None
+        parts = assemble(experiment, plan, lambda: _begun(experiment, folders).emulator, site)
         try:
             folder = _begun(experiment, folders)
             parts.engine.store = ClientStore(folder.clients)
-            return _run(parts, folder, state, listener)
+            return _run(parts, folder, state, listener, place.clients(parts, folder, listener))
         finally:
             parts.engine.close()
     except torch.OutOfMemoryError as error:
@@ -116,13 +118,12 @@ def _resumed(folder: RunFolder, experiment: Experiment, round: int | None) -> Se
     return state
 
 
-def _run(parts: Parts, folder: RunFolder, state: ServerState | None, listener: Listener) -> Outcome:
+def _run(parts: Parts, folder: RunFolder, state: ServerState | None, listener: Listener, clients: Clients) -> Outcome:
     experiment = parts.experiment
     listener("start", {**run_facts(parts), "folder": str(folder.path)})
-    lr = partial(round_lr, experiment.train, rounds=experiment.federation.rounds)
     if state is None:
         folder.write_json("data.json", data_facts(parts))
-        state = _first(parts, folder, listener)
+        state = _first(parts, folder, listener, clients)
     else:
         _check_same_data(folder, data_facts(parts))
         state = replace(state, setting=parts.setting)
@@ -130,12 +131,12 @@ def _run(parts: Parts, folder: RunFolder, state: ServerState | None, listener: L
         for line in folder.lines():
             listener("round", line)
     parts.engine.on_step = lambda steps: listener("progress", {"steps": steps})
-    for state in _rounds(parts, folder, state, lr, listener):  # noqa: B020, the state handed out is the next one
+    for state in _rounds(parts, folder, state, listener, clients):  # noqa: B020, the state handed out is the next one
         if stopping.stopped(experiment, state):
             break
     parts.engine.on_step = lambda steps: None
     _export(parts, folder, state)
-    closing = _closing(parts, folder, state, lr, listener)
+    closing = _closing(parts, folder, state, listener, clients)
     write_results(folder, closing)
     write_cards(folder)  # all that was trained is told before benchmarks, which may fail
     end = {"folder": str(folder.path), "adapter": state.hash(), "round": state.round}
@@ -147,11 +148,11 @@ def _run(parts: Parts, folder: RunFolder, state: ServerState | None, listener: L
     return Outcome(folder.path, state, closing, state.round < experiment.federation.rounds)
 
 
-def _first(parts: Parts, folder: RunFolder, listener: Listener) -> ServerState:
+def _first(parts: Parts, folder: RunFolder, listener: Listener, clients: Clients) -> ServerState:
     """Evaluate and save the state before round 1."""
     began = time.perf_counter()
     state = parts.start()
-    scores, judged = _judged(parts, state)
+    scores, judged = _judged(parts, folder, state, clients)
     stopping.check_key(parts.experiment, scores)
     line: dict[str, Any] = {"round": 0, **judged, "adapter": state.hash()}
     if parts.closed is not None:
@@ -167,7 +168,7 @@ def _first(parts: Parts, folder: RunFolder, listener: Listener) -> ServerState:
 
 
 def _rounds(
-    parts: Parts, folder: RunFolder, state: ServerState, lr: Callable[[int], float], listener: Listener
+    parts: Parts, folder: RunFolder, state: ServerState, listener: Listener, clients: Clients
 ) -> Iterator[ServerState]:
     """Go through the remaining rounds: evaluate, write the journal, save, and hand out each state."""
     experiment = parts.experiment
@@ -179,15 +180,15 @@ def _rounds(
     )
     empty = 0
     best = state.best  # rounds() goes on from its own state, which has no part in evaluation
-    engine = Link(parts.engine, terms(experiment, parts.strategy))
+    lr = rates(experiment)
     for state, report in rounds(  # noqa: B020
-        state, total, sampler=parts.sampler, strategy=parts.strategy, engine=engine, lr=lr, server=parts.server
+        state, total, sampler=parts.sampler, strategy=parts.strategy, engine=clients, lr=lr, server=parts.server
     ):
         state = replace(state, best=best)
         line = round_line(report, state)
         if state.round == total or (every and state.round % every == 0):
             began = time.perf_counter()
-            scores, judged = _judged(parts, state)
+            scores, judged = _judged(parts, folder, state, clients)
             line |= judged
             if parts.server is not None:
                 line["teacher"] = dict(parts.server.measured(state))
@@ -206,29 +207,19 @@ def _rounds(
         yield state
 
 
-def _judged(parts: Parts, state: ServerState) -> tuple[HeldOut, dict[str, Any]]:
+def _judged(parts: Parts, folder: RunFolder, state: ServerState, clients: Clients) -> tuple[HeldOut, dict[str, Any]]:
     """Return the evaluation that is watched, and what the journal says of it; of a closed model's, as it was asked."""
-    judges = [parts] if parts.closed is None else parts.closed.judges(parts)
-    scores = [evaluate(judge, state) for judge in judges]
-    return scores[0], {name: s.as_dict() for name, s in zip(("held_out", "held_out_full"), scores, strict=False)}
-
-
-def evaluate(parts: Parts, state: ServerState) -> HeldOut:
-    """Return the held-out loss, and a task's other measures, on every client's rows and on the global test set.
-
-    Where clients keep a part of the adapter, each is judged with its own; one that never took part has none.
-    """
-    own = joining.evaluation_rows(parts)
-    has_global = len(parts.data.holdout) > 0
-    asked = [*own.items(), *([("", parts.data.holdout)] if has_global else [])]
-    mine = set(parts.engine.store.clients(own)) if parts.keeps else set()
-    work = [(0, rows) for client, rows in asked if client not in mine]
-    rows_at_once = parts.experiment.evaluation.batch_rows
-    shared = iter(parts.engine.scores([state.whole()], work, rows_at_once) if work else [])
-    each = iter(joining.held_out_each(parts, state, [(c, rows) for c, rows in asked if c in mine]))
-    scores = [next(each) if client in mine else next(shared) for client, _ in asked]
-    unseen = frozenset(own) - state.drawn.keys()
-    return held_out(list(own), scores, unseen, has_global=has_global, measures=parts.task.measures)
+    scores = clients.judge(state)
+    told: dict[str, Any] = {"held_out": scores.as_dict()}
+    for full in parts.closed.judges(parts)[1:] if parts.closed is not None else []:
+        told["held_out_full"] = evaluate(full, state).as_dict()
+    if scores.absent:
+        told["not_judged"] = dict(scores.absent)
+    if heard := clients.facts():
+        data = folder.data()
+        if (now := with_clients(data, heard)) != data:
+            folder.write_json("data.json", now)
+    return scores, told
 
 
 def _check_same_data(folder: RunFolder, now: Mapping[str, Any]) -> None:
@@ -239,6 +230,8 @@ def _check_same_data(folder: RunFolder, now: Mapping[str, Any]) -> None:
     for key, what in said.items():
         if before.get(key) != now.get(key):
             raise CheckpointError(f"{folder.path}: {what} not what the run began with; restore it, or start a new run")
+    if list(before["clients"]) != list(now["clients"]):
+        raise CheckpointError(f"{folder.path}: its clients are not those that the run began with; start a new run")
 
 
 def _save(folder: RunFolder, state: ServerState, experiment: Experiment) -> None:
@@ -265,34 +258,13 @@ def _export(parts: Parts, folder: RunFolder, state: ServerState) -> None:
 
 
 def _closing(
-    parts: Parts, folder: RunFolder, state: ServerState, lr: Callable[[int], float], listener: Listener
+    parts: Parts, folder: RunFolder, state: ServerState, listener: Listener, clients: Clients
 ) -> joining.Closing | None:
-    """Train the baselines asked for, and compare; None where neither baseline nor metric is asked for."""
-    asked, settings = parts.experiment.baselines, parts.experiment.personal
-    tuned = None
-    if settings.finetune_steps:
-        listener("stage", {"text": "fine-tuning for every client"})
-        tuned = joining.fine_tune(parts, state, lr(max(0, state.round - 1)), settings.finetune_steps)
-    if settings.wanted or parts.keeps:
-        shutil.rmtree(folder.personal, ignore_errors=True)  # of an earlier end of this run
-        stores = [store for store in (parts.engine.store, tuned) if store is not None]
-        for client in dict.fromkeys(c for store in stores for c in store.clients(parts.data.clients)):
-            own = joining.going_home(parts, state, tuned, client)
-            save_adapter(parts, own, folder.personal / folder_name(client), rounds=state.round)
-    elif not asked and not parts.experiment.evaluation.metrics:
-        return None
-    local: dict[str, Adapter] = {}
-    if "local" in asked:
-        listener("stage", {"text": "training every client alone"})
-        local = joining.train_alone(parts, state.round, lr)
-    central = None
-    if "centralised" in asked:
-        listener("stage", {"text": "training on all rows in one place"})
-        central = joining.train_centrally(parts, state, lr)
-    listener("stage", {"text": "comparing on held-out rows"})
-    measures = ["loss", *parts.task.measures, *parts.metrics]
-    judges = [parts] if parts.closed is None else parts.closed.judges(parts)
-    closing = joining.compare(judges[-1], state, local, central, measures, tuned)
-    folder.write_json("closing.json", closing.as_dict())
-    listener("closing", {"closing": closing})
+    """Let the clients close the run, and write the table down where one was asked for."""
+    if parts.apart and "centralised" in parts.experiment.baselines:
+        listener("stage", {"text": "no centralised baseline: nobody has all rows"})
+    closing = clients.close(state)
+    if closing is not None:
+        folder.write_json("closing.json", closing.as_dict())
+        listener("closing", {"closing": closing})
     return closing

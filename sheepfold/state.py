@@ -16,7 +16,9 @@ from sheepfold.adapter import Adapter, combined, from_tensors
 from sheepfold.errors import CheckpointError
 from sheepfold.folders import replace_file
 
-FORMAT = 2
+FORMAT = 3
+READ = (2, FORMAT)
+"""Formats that can be read; in the second, clients went on from whatever they had kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,8 @@ class ServerState:
     plan: BatchPlan
     drawn: Mapping[str, int] = field(default_factory=dict)
     """Steps that each client has drawn so far; clients never sampled are absent."""
+    counted: Mapping[str, int] = field(default_factory=dict)
+    """Rounds completed after each client's last update that counted; clients of which none did are absent"""
     memory: Mapping[str, Tensor] = field(default_factory=dict)
     """The strategy's own: momentum, control variates."""
     best: Best | None = None
@@ -114,6 +118,7 @@ def save(state: ServerState, path: Path) -> None:
         "shapes": {name: sparse.shape for name, sparse in state.adapter.sparse.items()},
         "plan": asdict(state.plan),
         "drawn": dict(state.drawn),
+        "counted": dict(state.counted),
         "best": asdict(state.best) if state.best else None,
         "hash": _hash(tensors),
     }
@@ -137,7 +142,7 @@ def load(path: Path, setting: Setting = Setting()) -> ServerState:
         raise CheckpointError(f"{path}: no such state; the run has not finished a round yet, start it anew") from None
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path}: damaged ({error}); resume from another round: {_others(path)}") from None
-    if not head or head.get("format") != FORMAT:
+    if not head or head.get("format") not in READ:
         raise CheckpointError(f"{path}: not a sheepfold state of format {FORMAT}; it was written by another program")
     if head["hash"] != _hash(tensors):
         raise CheckpointError(f"{path}: its numbers were altered; resume from another round: {_others(path)}")
@@ -150,6 +155,7 @@ def load(path: Path, setting: Setting = Setting()) -> ServerState:
         adapter=from_tensors(parts["adapter"], head["scales"], head["shapes"]),
         plan=BatchPlan(**head["plan"]),
         drawn=head["drawn"],
+        counted=head["counted"] if head["format"] == FORMAT else dict.fromkeys(head["drawn"], head["round"]),
         memory=parts["memory"],
         best=Best(**head["best"]) if head["best"] else None,
         side=from_tensors(parts["side"], head["side_scales"]),

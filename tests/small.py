@@ -168,8 +168,8 @@ def _keywords(train: TrainSettings, over: dict[str, Any]) -> dict[str, Any]:
 
 
 def assignments(adapters: dict[str, Adapter], round: int = 0, lr: float = 1e-3) -> list[Assignment]:
-    """Return one assignment a client."""
-    return [Assignment(client, round, a, lr) for client, a in adapters.items()]
+    """Return one assignment a client, each of which took part in all rounds before."""
+    return [Assignment(client, round, a, lr, last=round) for client, a in adapters.items()]
 
 
 def gap(left: Adapter, right: Adapter) -> float:

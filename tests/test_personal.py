@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from sheepfold import joining, simulation
+from sheepfold import joining, marks, simulation
 from sheepfold import state as states
 from sheepfold.adapter import Adapter, combined, kind
 from sheepfold.assembly import Parts, assemble
@@ -462,7 +462,7 @@ def test_clients_of_other_ranks_are_scored_with_the_adapter_they_were_handed(tmp
     made = tiny(tmp_path, shared, **method("flexlora", over=MIXED), baselines=["local"])
     outcome = simulation.run(made)
     parts, state = ready(outcome, made)
-    own = joining.evaluation_rows(parts)
+    own = marks.evaluation_rows(parts)
     for client, rows in own.items():
         handed = parts.strategy.assign(state, client, 0.0).adapter
         assert handed.ranks == parts.setting.ranks[client]
@@ -490,7 +490,9 @@ def test_a_client_without_rows_goes_home_with_everybodys_adapter(over, tmp_path,
     for _ in range(2):
         answers = list(parts.engine.train([parts.strategy.assign(state, c, 1e-2) for c in parts.data.clients]))
         assert [a.client for a in answers if isinstance(a, Absence)] == ["client-1"]
-        state = parts.strategy.fold(state, [a for a in answers if isinstance(a, Update)])
+        updates = [a for a in answers if isinstance(a, Update)]
+        state = parts.strategy.fold(state, updates)
+        state = replace(state, counted=dict.fromkeys((u.client for u in updates), state.round))
     tuned = joining.fine_tune(parts, state, 1e-2, 2) if made.personal.finetune_steps else None
     store = tuned or parts.engine.store
     assert store.get("client-1", 9) == {}
@@ -520,7 +522,7 @@ def test_personal_folders_hold_what_went_home_and_read_back(tmp_path, shared):
         assert folders == {folder_name(c) for c in state.drawn}
         found = {c: read_peft(outcome.folder / "personal" / folder_name(c)) for c in state.drawn}
         assert len({adapter.hash() for adapter in found.values()}) == len(found)
-        rows = joining.evaluation_rows(parts)
+        rows = marks.evaluation_rows(parts)
         for client, adapter in found.items():
             [mean] = parts.engine.held_out([adapter], [(0, rows[client])], 8)
             assert outcome.closing.scores["loss"][client]["personal"] == pytest.approx(mean.value, abs=1e-6)

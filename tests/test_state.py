@@ -1,5 +1,6 @@
 """A state's file holds everything the next round depends on, and is never half-written."""
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ def a_state(round: int = 3, seed: int = 0, memory: bool = True) -> ServerState:
         adapter=Adapter({"layers.0.q_proj": pair}, {"score.weight": torch.randn(3, generator=draw)}),
         plan=BatchPlan(4, 8, 2048),
         drawn={"ann": 12, "bob": 3},
+        counted={"ann": 3},
         memory={"momentum/layers.0.q_proj": torch.randn(2, 5, generator=draw)} if memory else {},
         best=Best("loss.weighted", 1.25, 2, 1),
     )
@@ -35,6 +37,7 @@ def test_what_was_saved_is_what_is_loaded(tmp_path_factory, round, seed):
     again = load(path)
     assert again.adapter.hash() == state.adapter.hash()
     assert (again.round, again.plan, again.drawn, again.best) == (state.round, state.plan, state.drawn, state.best)
+    assert again.counted == state.counted
     assert Adapter(extra=again.memory).hash() == Adapter(extra=state.memory).hash()
 
 
@@ -158,3 +161,17 @@ def test_a_refused_write_leaves_the_old_file_whole(tmp_path, monkeypatch):
 def test_writing_makes_the_folders_it_needs(tmp_path):
     write_atomic(tmp_path / "a" / "b" / "c.json", b"{}")
     assert (tmp_path / "a" / "b" / "c.json").read_bytes() == b"{}"
+
+
+def test_a_state_of_the_format_before_goes_on_from_what_clients_had_kept(tmp_path):
+    from safetensors import safe_open
+    from safetensors.torch import save as serialise
+
+    path = tmp_path / "latest.safetensors"
+    save(a_state(), path)
+    with safe_open(path, framework="pt") as file:
+        head = json.loads(file.metadata()["sheepfold"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    del head["counted"]
+    path.write_bytes(serialise(tensors, metadata={"sheepfold": json.dumps({**head, "format": 2})}))
+    assert load(path).counted == {"ann": 3, "bob": 3}

@@ -31,9 +31,15 @@ def prepare(data: DataSettings, tokenizer: Any, cache: Path | None, task: "Task 
     is in no split; FederatedData counts it.
     Raises ConfigError and DataError, one line each.
     """
+    return as_tokens(partition_only(data), data, tokenizer, cache, task)
+
+
+def as_tokens(
+    parted: PartitionedData, data: DataSettings, tokenizer: Any, cache: Path | None, task: "Task | None" = None
+) -> FederatedData:
+    """Return the second half of `prepare`: rows that are parted and split, with their tokens."""
     from sheepfold.tasks import with_labels
 
-    parted = partition_only(data)
     task = with_labels(task, data, parted.records)
     tokenized = task.tokenize(parted.records, tokenizer, data, cache)
     learnable = tokenized.rows.target_tokens() > 0

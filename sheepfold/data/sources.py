@@ -138,12 +138,30 @@ def read(data: DataSettings) -> Source:
         chunks = _own(data)
     else:
         chunks = _chunks(data, named)
-    if data.test_split is not None:
-        chunks = [*chunks, *_other_rows(data, named, "test_split", data.test_split, "holdout", chunks)]
-    if data.public.source is not None:
-        chunks = [*chunks, *_other_rows(data, named, "public.source", data.public.source, "public", chunks)]
+    chunks = _with_others(chunks, data, named)
     source = _records(chunks, _columns(chunks, data, named), named.tidy)
     return _limited(_subsampled(source, data), data.rows)
+
+
+def read_others(data: DataSettings) -> Source | None:
+    """Return the records that no client holds, data.test_split and data.public.source alone; None where there are none.
+
+    Raises what `read` raises.
+    """
+    _check(data)
+    named = NAMED.get(data.source, Named(""))
+    if not (chunks := _with_others([], data, named)):
+        return None
+    return _subsampled(_records(chunks, _columns(chunks, data, named), named.tidy), data)
+
+
+def _with_others(chunks: Sequence[Chunk], data: DataSettings, named: Named) -> list[Chunk]:
+    """Return the rows of the source with the test set and the public rows after them, where these are named."""
+    named_here = {"test_split": (data.test_split, "holdout"), "public.source": (data.public.source, "public")}
+    for key, (split, use) in named_here.items():
+        if split is not None:
+            chunks = [*chunks, *_other_rows(data, named, key, split, use, chunks)]
+    return list(chunks)
 
 
 def _check(data: DataSettings) -> None:

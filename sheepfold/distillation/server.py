@@ -15,7 +15,7 @@ from sheepfold.distillation import teacher as teachers
 from sheepfold.distillation.losses import Joint, joint
 from sheepfold.engines.carriers import carrier
 from sheepfold.errors import ConfigError, TrainingError
-from sheepfold.joining import evaluation_rows, judged, shared_rows
+from sheepfold.marks import evaluation_rows, judged, shared_rows
 from sheepfold.models import load_base
 from sheepfold.rng import derive, stream
 from sheepfold.state import ServerState

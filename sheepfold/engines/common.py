@@ -104,7 +104,7 @@ class LocalEngine:
         """Return a client ready to train, with what it kept; one without rows has no steps."""
         rows = np.asarray(self.train_rows[assignment.client])
         steps = steps_in_round(self.settings, len(rows)) if len(rows) else 0
-        own = self.store.get(assignment.client, assignment.round)
+        own = self.store.recall(assignment.client, assignment.last)
         start = with_own(assignment.adapter, own, OWN)
         return Local(assignment, start, start, own, rows, int(self.targets[rows].sum()), steps)
 

@@ -29,8 +29,7 @@ from sheepfold.messages import Absence, Update
 from sheepfold.rng import stream
 
 CANDIDATES, SCALARS = "candidates", "scalars"
-"""What a message names the steps' candidates, (steps,) integers, and their scalar gradients, (steps,) float32; a step
-that was not taken has a scalar of NaN."""
+"""What a message names the candidates, (n,) integers, and scalar gradients, (n,) float32, of the n steps taken."""
 
 
 class ZerothOrderEngine(PeftModelEngine):
@@ -74,7 +73,8 @@ class ZerothOrderEngine(PeftModelEngine):
                 self.weights.move(weights, s, -self.settings.lr * float(scalars[step]))
             self.on_step(1)
         client.adapter = _added(client.start, candidates, scalars)
-        client.send = {CANDIDATES: candidates, SCALARS: scalars}
+        taken = ~scalars.isnan()
+        client.send = {CANDIDATES: candidates[taken], SCALARS: scalars[taken]}
         seconds["step"] = time.perf_counter() - began - seconds["forward"]
         client.seconds = seconds
 

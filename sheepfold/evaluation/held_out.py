@@ -27,6 +27,8 @@ class HeldOut:
     """Where rows have labels: client, or GLOBAL, -> how often each label was given for each"""
     measures: Sequence[str] = ()
     """What else than the loss is reported"""
+    absent: Mapping[str, str] = field(default_factory=dict)
+    """Clients whose rows did not judge, and why: another machine's, which did not answer"""
 
     def figure(self, measure: str, clients: Iterable[str]) -> float:
         """Return what the rows of these clients together come to; GLOBAL is one of them."""

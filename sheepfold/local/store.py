@@ -2,8 +2,9 @@
 
     clients/<client>/000012.safetensors     what it kept after round 12
 
-A state of round t goes with each client's newest file up to t, so a run that dies between the files and the state, and
-resumes, reads what belongs to the state. Only the clients of a pass are in memory.
+A state knows after which round each client's update counted last, and goes with its newest file up to then: what a
+client kept of an update that came too late, was lost or rejected is never read, nor what it kept before a run died that
+had not saved its state yet. Only the clients of a pass are in memory.
 """
 
 import hashlib
@@ -45,6 +46,16 @@ class ClientStore:
         except (SafetensorError, OSError, ValueError) as error:
             before = _round(kept[-1])
             raise CheckpointError(f"{kept[-1]}: damaged ({error}); resume from a round before {before}") from None
+
+    def recall(self, client: str, last: int) -> dict[str, Tensor]:
+        """Return what the client had kept after its last update that counted, and forget what came of later ones.
+
+        last: rounds completed by then. Raises CheckpointError for a damaged file.
+        """
+        for path in self._files(client):
+            if _round(path) > last:
+                path.unlink()
+        return self.get(client, last)
 
     def put(self, client: str, round: int, tensors: Mapping[str, Tensor]) -> None:
         """Keep a client's tensors as of `round` completed rounds. Raises CheckpointError where the disk refuses."""

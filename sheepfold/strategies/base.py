@@ -40,7 +40,8 @@ def who(state: ServerState, update: Update) -> str:
 def hand_out(state: ServerState, client: str, lr: float, adapter: Adapter | None = None) -> Assignment:
     """Return the assignment that starts from this adapter (None: the global one), with all that goes with it."""
     start = state.adapter if adapter is None else adapter
-    return Assignment(client, state.round, start, lr, first_step=state.drawn.get(client, 0), side=state.side)
+    drawn, last = state.drawn.get(client, 0), state.counted.get(client, 0)
+    return Assignment(client, state.round, start, lr, first_step=drawn, side=state.side, last=last)
 
 
 def hand_out_global(state: ServerState, client: str, lr: float) -> Assignment:
@@ -194,9 +195,23 @@ def nothing(name: str) -> bool:
     return False
 
 
-def no_more(handed: Assignment) -> Mapping[str, torch.Size]:
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """What an update brings beside the adapter, under one name."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+    up_to: bool = False
+    """Whether the first side may be shorter, down to 1"""
+
+
+def no_more(handed: Assignment) -> Mapping[str, Beside]:
     """Expect the adapter alone."""
     return {}
+
+
+def accept(handed: Assignment, update: Update) -> None:
+    """Take every update of the right shape."""
 
 
 class ServerStep(Protocol):
@@ -232,9 +247,12 @@ class Strategy:
     """What clients weigh, for the methods around this one."""
     private: Callable[[str], bool] = nothing
     """Whether a tensor, by flat name, stays with its client: it is never sent, and each client goes on with its own."""
-    beside: Callable[[Assignment], Mapping[str, torch.Size]] | None = None
-    """What `Update.memory` holds after this assignment, name -> shape: an update that brings anything else is rejected.
-    None: nothing where the local rule has no `finish`, else anything of a few times the adapter's size."""
+    beside: Callable[[Assignment], Mapping[str, torch.Size | Beside]] | None = None
+    """What `Update.memory` holds after this assignment, by name, a shape alone being float32: an update that brings
+    anything else is rejected. None: nothing where the local rule has no `finish`, else anything of a few times the
+    adapter's size."""
+    admit: Callable[[Assignment, Update], None] = accept
+    """Raise AdapterMismatch for an update that has its shapes and cannot be folded all the same."""
     check: Callable[[Experiment], None] = accept_all
     """Raise ConfigError for an experiment that this method cannot run, with the reason."""
     mixed_ranks: bool = False
@@ -246,6 +264,8 @@ class Strategy:
     """Whether it is about LoRA's A and B, so that adapter.method must be lora."""
     server: "Callable[[Parts], ServerStep] | None" = None
     """What the server itself trains after each fold, on rows of its own; made when the run's parts are ready."""
+    check_server: Callable[[Experiment], None] = accept_all
+    """Raise SheepfoldError where what it needs for that is not there: asked on the server alone."""
     foresee: "Callable[[Experiment], Foreseen] | None" = None
     """What that takes, from configurations alone."""
     beyond_peft: bool = False

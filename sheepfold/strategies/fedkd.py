@@ -79,7 +79,13 @@ def fedkd(
 
     def check(experiment: Experiment) -> None:
         of.check(experiment)
-        _check(settings, experiment)
+        _check(experiment)
+
+    def check_server(experiment: Experiment) -> None:
+        from sheepfold.distillation import teacher as teachers
+
+        of.check_server(experiment)
+        teachers.check(_of_task(settings, experiment), experiment)
 
     def server(parts: "Parts") -> "ServerStep":
         from sheepfold.distillation.server import Distiller
@@ -91,7 +97,9 @@ def fedkd(
 
         return teachers.foreseen(_of_task(settings, experiment), experiment)
 
-    return replace(of, name=f"fedkd + {of.name}", check=check, server=server, foresee=foresee)
+    return replace(
+        of, name=f"fedkd + {of.name}", check=check, check_server=check_server, server=server, foresee=foresee
+    )
 
 
 def _checked(given: Mapping[str, Any]) -> Distillation:
@@ -145,9 +153,7 @@ def _of_task(settings: Distillation, experiment: Experiment) -> Distillation:
     return replace(settings, attention_weight=1.0 if experiment.task == "classification" else 0.0)
 
 
-def _check(settings: Distillation, experiment: Experiment) -> None:
-    from sheepfold.distillation import teacher as teachers
-
+def _check(experiment: Experiment) -> None:
     asked = experiment.federation.strategy
     names = (asked,) if isinstance(asked, str) else asked
     if odd := [name for name in names if name in NOT_AROUND]:
@@ -175,4 +181,3 @@ def _check(settings: Distillation, experiment: Experiment) -> None:
             "federation.strategy fedkd: the server's student is model.base, and with offsite clients train an emulator "
             "of it; remove one of them"
         )
-    teachers.check(_of_task(settings, experiment), experiment)

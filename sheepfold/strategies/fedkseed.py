@@ -32,12 +32,14 @@ from sheepfold.errors import AdapterMismatch, ConfigError
 from sheepfold.messages import Assignment, Update
 from sheepfold.rng import stream
 from sheepfold.state import ServerState
-from sheepfold.strategies.base import Strategy, Weights, argument, hand_out, weight, who
+from sheepfold.strategies.base import Beside, Strategy, Weights, argument, hand_out, weight, who
 
 USES, SIZES = "uses", "sizes"
 """What the state remembers for Pro: how often each candidate was used, and the sum of its |g|, (K,) float64 each."""
 CLIP = 1000.0
 """What a scalar counts at most in Pro's history, where nothing is said."""
+MOST_STEPS = 1 << 20
+"""Steps of which a client's answer may tell, where the server does not draw their candidates."""
 
 
 def fedkseed(probabilities: bool = False, clip: float = CLIP, weights: Weights = "rows") -> Strategy:
@@ -53,7 +55,7 @@ def fedkseed(probabilities: bool = False, clip: float = CLIP, weights: Weights =
         return replace(state, memory={USES: none, SIZES: none.clone()}) if probabilities else state
 
     def assign(state: ServerState, client: str, lr: float) -> Assignment:
-        handed = hand_out(state, client, lr)
+        handed = replace(hand_out(state, client, lr), frozen=frozenset({"extra"}))  # its change is what scalars say
         return replace(handed, memory={CANDIDATES: drawn(state, client)}) if probabilities else handed
 
     def fold(state: ServerState, updates: Iterable[Update]) -> ServerState:
@@ -61,7 +63,7 @@ def fedkseed(probabilities: bool = False, clip: float = CLIP, weights: Weights =
         sums, total = np.zeros(len(G)), 0.0
         memory = {name: tensor.clone() for name, tensor in state.memory.items()}
         for update in updates:
-            at, g = _steps(state, update, len(G))
+            at, g = _steps(who(state, update), update, len(G))
             share = weight(update.measurements, weights)
             np.add.at(sums, at, share * g)
             total += share
@@ -76,7 +78,28 @@ def fedkseed(probabilities: bool = False, clip: float = CLIP, weights: Weights =
     def check(experiment: Experiment) -> None:
         _check(experiment, probabilities)
 
-    return Strategy(name="fedkseed", fold=fold, assign=assign, begin=begin, weights=weights, check=check)
+    return Strategy(
+        name="fedkseed",
+        fold=fold,
+        assign=assign,
+        begin=begin,
+        weights=weights,
+        beside=beside,
+        admit=admit,
+        check=check,
+    )
+
+
+def beside(handed: Assignment) -> dict[str, Beside]:
+    """Return what a client's answer holds: a candidate and a scalar for each step that it took."""
+    steps = len(handed.memory[CANDIDATES]) if CANDIDATES in handed.memory else MOST_STEPS
+    numbered = number_type(len(handed.adapter.extra[SEEDS]))
+    return {CANDIDATES: Beside((steps,), numbered, up_to=True), SCALARS: Beside((steps,), up_to=True)}
+
+
+def admit(handed: Assignment, update: Update) -> None:
+    """Raise AdapterMismatch for an answer that is not a known candidate and a scalar for each step."""
+    _steps(f"round {handed.round + 1}, client {update.client!r}", update, len(handed.adapter.extra[SEEDS]))
 
 
 def likelihoods(uses: Tensor, sizes: Tensor) -> Tensor:
@@ -97,18 +120,17 @@ def drawn(state: ServerState, client: str) -> Tensor:
     return torch.from_numpy(found).to(number_type(len(p)))
 
 
-def _steps(state: ServerState, update: Update, candidates: int) -> tuple[np.ndarray, np.ndarray]:
+def _steps(place: str, update: Update, candidates: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the candidates and the scalars, in float64, of the steps that a client took."""
     none = torch.empty(0)
     at, g = update.memory.get(CANDIDATES, none), update.memory.get(SCALARS, none)
     known = (at >= 0) & (at < candidates)
-    if not len(at) or at.shape != g.shape or not bool((known & ~g.isinf()).all()):
+    if not len(at) or at.shape != g.shape or not bool((known & g.isfinite()).all()):
         raise AdapterMismatch(
-            f"{who(state, update)}: expected a candidate, 0 to {candidates - 1}, and a scalar for each step; they were "
+            f"{place}: expected a candidate, 0 to {candidates - 1}, and a scalar for each step; they were "
             "made by another engine, or with other adapter.options"
         )
-    taken = ~g.isnan()
-    return at[taken].long().numpy(), g[taken].double().numpy()
+    return at.long().numpy(), g.double().numpy()
 
 
 def _check(experiment: Experiment, probabilities: bool) -> None:
@@ -123,6 +145,11 @@ def _check(experiment: Experiment, probabilities: bool) -> None:
         raise ConfigError(
             "federation.strategy fedkseed: its clients share one vector of sums, of which none can have a part of its "
             "own; of `personal`, finetune_steps goes with it"
+        )
+    if (wire := experiment.federation.wire).up != "fp32" or wire.down != "fp32":
+        raise ConfigError(
+            f"federation.wire {{up: {wire.up}, down: {wire.down}}}: federation.strategy fedkseed sends a scalar for "
+            "each step, which is small already and means another step where it is rounded; set both to fp32"
         )
     constant = ("schedule", "round_schedule", "warmup_steps")
     for name in (*constant, "weight_decay", "optimizer_args", "local_rule", "gradient_checkpointing"):

@@ -20,8 +20,8 @@ from torch import Tensor
 from sheepfold.errors import WireError
 
 DTYPES = {
-    "F64": torch.float64, "I64": torch.int64, "F32": torch.float32, "I32": torch.int32,
-    "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F64": torch.float64, "I64": torch.int64, "F32": torch.float32, "I32": torch.int32, "F16": torch.float16,
+    "BF16": torch.bfloat16, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 """Names of number formats, as safetensors has them."""
 NAMES = {dtype: name for name, dtype in DTYPES.items()}

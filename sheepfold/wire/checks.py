@@ -6,11 +6,12 @@ Each check raises WireError with one line. What is checked costs a pass over the
 from collections.abc import Mapping
 
 import torch
-from torch import Size, Tensor
+from torch import Tensor
 
 from sheepfold.adapter import kind
 from sheepfold.errors import WireError
 from sheepfold.messages import Assignment
+from sheepfold.strategies.base import Beside
 from sheepfold.wire.dtypes import SCALES, Format, narrowed_specs
 from sheepfold.wire.ends import Terms, ranks_sent
 from sheepfold.wire.packing import ADAPTER, MEMORY, Letter
@@ -37,7 +38,7 @@ def check_letter(letter: Letter, handed: Assignment, terms: Terms) -> None:
     _check_tensors(sent, expected, letter.wire)
     _check_scales(letter, handed, ranks)
     beside = {n: t for n, t in letter.tensors.items() if n.startswith(MEMORY)}
-    _check_beside(beside, letter.wire, None if terms.beside is None else terms.beside(handed), sent)
+    _check_beside(beside, letter.wire, terms.declared(handed), sent)
 
 
 def check_finite(tensors: Mapping[str, Tensor]) -> None:
@@ -97,11 +98,11 @@ def _check_scales(letter: Letter, handed: Assignment, ranks: Mapping[str, int]) 
 
 
 def _check_beside(
-    found: Mapping[str, Tensor], wire: Format, declared: Mapping[str, Size] | None, sent: Mapping[str, Tensor]
+    found: Mapping[str, Tensor], wire: Format, declared: Mapping[str, Beside] | None, sent: Mapping[str, Tensor]
 ) -> None:
     """Raise WireError for what an update brings beside the adapter and the strategy has no place for."""
     if declared is not None:
-        shapes: Shapes = {MEMORY + name: (torch.float32, tuple(shape)) for name, shape in declared.items()}
+        shapes = {MEMORY + name: (what.dtype, _length(found, name, what)) for name, what in declared.items()}
         _check_tensors(found, _narrowed(shapes, wire), wire)
         return
     size, most = (sum(t.numel() * t.element_size() for t in part.values()) for part in (found, sent))
@@ -111,6 +112,14 @@ def _check_beside(
     if wire == "int8" and whole:
         kept = {n: t for n, t in found.items() if n.removesuffix(SCALES) in whole}
         _check_tensors(kept, _narrowed(whole, wire), wire)
+
+
+def _length(found: Mapping[str, Tensor], name: str, what: Beside) -> tuple[int, ...]:
+    """Return the shape that a tensor beside the adapter must have: as declared, or shorter where that may be."""
+    sent = found.get(MEMORY + name)
+    if what.up_to and sent is not None and sent.dim() == len(what.shape) and 1 <= len(sent) <= what.shape[0]:
+        return (len(sent), *what.shape[1:])
+    return what.shape
 
 
 def _as_good(found: torch.dtype, expected: torch.dtype) -> bool:

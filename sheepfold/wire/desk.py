@@ -12,12 +12,13 @@ from dataclasses import replace
 from torch import Size, Tensor
 
 from sheepfold.adapter import Adapter, LoraPair, from_delta
-from sheepfold.errors import WireError
+from sheepfold.errors import AdapterMismatch, WireError
 from sheepfold.messages import Absence, Assignment, Update
 from sheepfold.transforms.base import Parcel, inbound
 from sheepfold.wire.checks import EXTRA_SHARE, check_finite, check_letter
 from sheepfold.wire.dtypes import narrowed, shrinks, widened
 from sheepfold.wire.ends import Terms, ranks_sent, starts
+from sheepfold.wire.heads import rejected
 from sheepfold.wire.packing import (
     ADAPTER,
     DENSE,
@@ -68,10 +69,10 @@ class Desk:
         """Return how many bytes a client's answer may have, so that a transport reads no more."""
         handed = self.assignments[client]
         trained = {name: tuple(t.shape) for name, t in handed.trained(self.terms.private).items()}
-        beside = None if self.terms.beside is None else self.terms.beside(handed)
-        numbers = sum(Size(shape).numel() for shape in [*trained.values(), *(beside or {}).values()])
+        beside = self.terms.declared(handed)
+        numbers = [*trained.values(), *(what.shape for what in (beside or {}).values())]
         copies = 1 if beside is not None else 1 + EXTRA_SHARE
-        return numbers * copies * BYTES_A_NUMBER[handed.wire.up] + HEAD_ROOM
+        return sum(Size(n).numel() for n in numbers) * copies * BYTES_A_NUMBER[handed.wire.up] + HEAD_ROOM
 
     def received(self, client: str) -> Assignment:
         """Return a client's assignment as it arrives there."""
@@ -96,8 +97,8 @@ class Desk:
             if isinstance(message, Absence):
                 return self._excused(sender, message, round)
             return self._admitted(sender, message, len(data))
-        except WireError as error:
-            return Absence(sender, f"rejected: {error}", sent_bytes=len(data))
+        except (WireError, AdapterMismatch) as error:
+            return Absence(sender, rejected(error), sent_bytes=len(data))
 
     def admit(self, sender: str, message: Letter | Absence) -> Update | Absence:
         """Return what `take` makes of this message's bytes, without making them."""
@@ -107,8 +108,8 @@ class Desk:
         size = message.sent_bytes
         try:
             return self._admitted(sender, message, size)
-        except WireError as error:
-            return Absence(sender, f"rejected: {error}", message.measurements.steps, size)
+        except (WireError, AdapterMismatch) as error:
+            return Absence(sender, rejected(error), sent_bytes=size)
 
     def _excused(self, sender: str, absence: Absence, round: int) -> Absence:
         if absence.client != sender or round != self.assignments[sender].round:
@@ -116,7 +117,7 @@ class Desk:
         return absence
 
     def _admitted(self, sender: str, letter: Letter, size: int) -> Update:
-        """Return the update of a letter; raise WireError where it is not what was asked for."""
+        """Return the update of a letter; raise WireError or AdapterMismatch where it is not what was asked for."""
         handed = self.assignments[sender]
         check_letter(letter, handed, self.terms)
         check_finite(letter.tensors)
@@ -130,7 +131,9 @@ class Desk:
         memory = {n.removeprefix(MEMORY): t for n, t in arrived.items() if n.startswith(MEMORY)}
         adapter = _whole(handed, sent, letter.scales)
         unsent = frozenset(handed.adapter.tensors()) - sent.keys()
-        return Update(sender, adapter, letter.measurements, memory, unsent, size)
+        update = Update(sender, adapter, letter.measurements, memory, unsent, size)
+        self.terms.admit(handed, update)
+        return update
 
     def _adapter_seen(self, handed: Assignment) -> Adapter:
         """Return an adapter as clients see it; one value for all who are handed the same."""

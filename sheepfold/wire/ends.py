@@ -11,7 +11,7 @@ from sheepfold.errors import ConfigError, WireError
 from sheepfold.local.store import ClientStore
 from sheepfold.messages import Absence, Assignment, Update, Wire
 from sheepfold.state import ServerState
-from sheepfold.strategies.base import Strategy, cut, no_more, nothing, parts_of
+from sheepfold.strategies.base import Beside, Strategy, accept, cut, no_more, nothing, parts_of
 from sheepfold.transforms.base import Parcel, Transform, outbound
 from sheepfold.transforms.norm_bound import norm_bound
 from sheepfold.transforms.wire_dtype import KEPT, wire_dtype
@@ -25,10 +25,19 @@ class Terms:
     transforms: tuple[Transform, ...] = (wire_dtype(),)
     private: Callable[[str], bool] = nothing
     """Whether a tensor, by flat name, stays with its client"""
-    beside: Callable[[Assignment], Mapping[str, Size]] | None = no_more
+    beside: Callable[[Assignment], Mapping[str, Size | Beside]] | None = no_more
     """What an update brings beside the adapter, by name; None: not declared"""
     may_shrink: bool = False
     """Whether a pair may come back with a smaller rank than it was handed out with"""
+    admit: Callable[[Assignment, Update], None] = accept
+    """Raises AdapterMismatch for an update of the right shapes that cannot be folded"""
+
+    def declared(self, handed: Assignment) -> dict[str, Beside] | None:
+        """Return what an update brings beside the adapter after this assignment; None: not declared."""
+        if self.beside is None:
+            return None
+        named = self.beside(handed).items()
+        return {name: what if isinstance(what, Beside) else Beside(tuple(what)) for name, what in named}
 
 
 def terms(experiment: Experiment, made: Strategy) -> Terms:
@@ -43,7 +52,7 @@ def terms(experiment: Experiment, made: Strategy) -> Terms:
     last = wire_dtype(feedback=made.averages == "factors")
     silent = made.local is None or made.local.finish is None  # its clients have nothing to say beside the adapter
     beside = made.beside or (no_more if silent else None)
-    return Terms((*transforms, last), made.private, beside, made.mixed_ranks)
+    return Terms((*transforms, last), made.private, beside, made.mixed_ranks, made.admit)
 
 
 def over_the_wire(made: Strategy, experiment: Experiment) -> Strategy:
@@ -95,7 +104,7 @@ def reply(answer: Update | Absence, received: Assignment, terms: Terms, store: C
     if isinstance(answer, Absence):
         return answer
     remembers = received.wire.up == "int8"
-    own = store.get(answer.client, received.round) if remembers else {}
+    own = store.get(answer.client, received.last) if remembers else {}
     own = {name: t for name, t in own.items() if name.startswith(KEPT)}
     try:
         letter, keep = written(answer, received, terms, own)

@@ -11,6 +11,10 @@ from sheepfold.errors import WireError
 T = TypeVar("T")
 LONGEST_NAME = 1000
 """Characters of a client's or a tensor's name."""
+LONGEST_REASON = 480
+"""Characters of why a message does not count."""
+NOT_PLAIN = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+")
+"""What would take over a terminal, begin a line, or be no character of a file (half of a pair of surrogates)."""
 
 
 def check_common(head: Mapping[str, Any], format: int, run: str, sorts: Sequence[str]) -> str:
@@ -29,12 +33,22 @@ def one_of(head: Mapping[str, Any], name: str, known: Sequence[T]) -> T:
     return cast(T, value)
 
 
+def plain(value: str, longest: int) -> str:
+    """Return a text of somebody else's as one line for terminals, journals and pages, cut to this many characters."""
+    return NOT_PLAIN.sub(" ", value[:longest])
+
+
+def rejected(error: Exception) -> str:
+    """Return why a message does not count, as a journal has it: what is wrong may quote the message."""
+    return plain(f"rejected: {error}", LONGEST_REASON)
+
+
 def text(head: Mapping[str, Any], name: str, longest: int = LONGEST_NAME) -> str:
     """Return a text, without characters that would take over a terminal."""
     value = head.get(name)
     if not isinstance(value, str) or len(value) > longest:
         raise WireError(f"its {name} is {_shown(value)}, expected a text of at most {longest} characters")
-    return re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", value)
+    return plain(value, longest)
 
 
 def count(head: Mapping[str, Any], name: str) -> int:

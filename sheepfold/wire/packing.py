@@ -165,17 +165,18 @@ def _specs(tensors: Mapping[str, Tensor]) -> tuple[Spec, ...]:
 def _assignment_head(a: Assignment, run: str) -> dict[str, Any]:
     sent = [ADAPTER + name for name in a.sent()]
     side = [pair.scale for _, pair in sorted(a.side.pairs.items()) if as_factors(pair)]
-    return _common("assignment", run, a.client, a.round) | {
+    return common("assignment", run, a.client, a.round) | {
         "up": a.wire.up,
         "down": a.wire.down,
         "lr": a.lr,
         "first_step": a.first_step,
+        "last": a.last,
         "frozen": sorted(a.frozen),
         "known": sorted(a.known),
         "whole": _all_known(a, sent),
-        "scales": _short(list(scales_of(a.adapter, sent).values())),
+        "scales": short(list(scales_of(a.adapter, sent).values())),
         "shapes": [list(a.adapter.sparse[path].shape) for path in paths(sent, ADAPTER, ("values",))],
-        "side_scales": _short(side),
+        "side_scales": short(side),
     }
 
 
@@ -185,24 +186,27 @@ def _all_known(a: Assignment, sent: Sequence[str]) -> list[str]:
 
 
 def _letter_head(letter: Letter) -> dict[str, Any]:
-    return _common("update", letter.run, letter.client, letter.round) | {
+    return common("update", letter.run, letter.client, letter.round) | {
         "wire": letter.wire,
-        "scales": _short(list(letter.scales.values())),
+        "scales": short(list(letter.scales.values())),
         "stages": sorted(letter.measurements.seconds),
         "why_skipped": letter.measurements.why_skipped[:LONGEST_TEXT],
     }
 
 
 def _absence_head(absence: Absence, round: int, run: str) -> dict[str, Any]:
-    common = _common("absence", run, absence.client, round)
-    return common | {"reason": absence.reason[:LONGEST_TEXT], "steps": absence.steps}
+    return common("absence", run, absence.client, round) | {
+        "reason": absence.reason[:LONGEST_TEXT],
+        "steps": absence.steps,
+    }
 
 
-def _common(message: str, run: str, client: str, round: int) -> dict[str, Any]:
+def common(message: str, run: str, client: str, round: int) -> dict[str, Any]:
+    """Return what every message's head has."""
     return {"format": FORMAT, "message": message, "run": run, "client": client, "round": round}
 
 
-def _short(scales: list[float]) -> list[float]:
+def short(scales: list[float]) -> list[float]:
     """Return the scales, as one where all are the same."""
     return scales[:1] if len(set(scales)) == 1 else scales
 

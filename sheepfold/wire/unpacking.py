@@ -12,6 +12,7 @@ from sheepfold.messages import Absence, Assignment, Measurements, Wire
 from sheepfold.metrics import Mean
 from sheepfold.wire import blob, heads
 from sheepfold.wire.dtypes import Format, widened
+from sheepfold.wire.foresight import STAGES
 from sheepfold.wire.packing import (
     ADAPTER,
     COUNTS,
@@ -29,7 +30,8 @@ from sheepfold.wire.packing import (
 
 T = TypeVar("T")
 FORMATS: tuple[Format, ...] = ("fp32", "bf16", "int8")
-MOST_STAGES = 16
+LARGEST_SUM = 1e300
+"""Of a client's losses, or of another measure: those of all clients together stay finite"""
 
 
 def unpack_letter(data: bytes, run: str = RUN, most_bytes: int | None = None) -> tuple[Letter | Absence, int]:
@@ -41,10 +43,7 @@ def unpack_letter(data: bytes, run: str = RUN, most_bytes: int | None = None) ->
     message = heads.check_common(head, FORMAT, run, ("update", "absence"))
     client, round = heads.text(head, "client"), heads.count(head, "round")
     if message == "absence":
-        if tensors:
-            raise WireError(f"an absence with a tensor, {next(iter(tensors))[:60]!r}; expected none")
-        reason, steps = heads.text(head, "reason", LONGEST_TEXT), heads.count(head, "steps")
-        return Absence(client, reason, steps, len(data)), round
+        return absence_of(head, tensors, len(data)), round
     measured, stages = tensors.pop(MEASURED, None), heads.names(head, "stages")
     letter = Letter(
         client=client,
@@ -56,6 +55,14 @@ def unpack_letter(data: bytes, run: str = RUN, most_bytes: int | None = None) ->
         run=run,
     )
     return letter, round
+
+
+def absence_of(head: Mapping[str, Any], tensors: Mapping[str, Tensor], size: int) -> Absence:
+    """Return the absence of a message of this many bytes."""
+    if tensors:
+        raise WireError(f"an absence with a tensor, {next(iter(tensors))[:60]!r}; expected none")
+    reason, steps = heads.text(head, "reason", LONGEST_TEXT), heads.count(head, "steps")
+    return Absence(heads.text(head, "client"), reason, steps, size)
 
 
 def unpack_assignment(data: bytes, mine: Adapter, run: str = RUN, most_bytes: int | None = None) -> Assignment:
@@ -72,11 +79,8 @@ def unpack_assignment(data: bytes, mine: Adapter, run: str = RUN, most_bytes: in
     known = frozenset(heads.names(head, "known"))
     if wire.down != "fp32":
         tensors = _as_mine(tensors, mine)
-    adapter, side = _adapter(tensors, head, mine, known), _side(tensors, head)
-    modules = mine.pairs.keys() | mine.sparse.keys() | mine.extra.keys()
-    found = adapter.pairs.keys() | adapter.sparse.keys() | adapter.extra.keys() | side.pairs.keys()
-    if strange := sorted(found - modules):
-        raise WireError(f"the assignment adapts {strange[0][:200]}, which this client's own adapter does not")
+    adapter, side = adapter_of(tensors, head, mine, known), side_of(tensors, head)
+    check_modules(mine, adapter, side)
     return Assignment(
         client=heads.text(head, "client"),
         round=heads.count(head, "round"),
@@ -88,7 +92,23 @@ def unpack_assignment(data: bytes, mine: Adapter, run: str = RUN, most_bytes: in
         frozen=frozenset(heads.names(head, "frozen")),
         known=known,
         wire=wire,
+        last=last_of(head),
     )
+
+
+def last_of(head: Mapping[str, Any]) -> int:
+    """Return the round of a client's last counted update, which is none to come."""
+    if (last := heads.count(head, "last")) > heads.count(head, "round"):
+        raise WireError(f"its last is {last}, expected at most its round, {head['round']}")
+    return last
+
+
+def check_modules(mine: Adapter, *handed: Adapter) -> None:
+    """Raise WireError for a module that is handed out and that the client's own adapter does not have."""
+    modules = mine.pairs.keys() | mine.sparse.keys() | mine.extra.keys()
+    found = {path for one in handed for path in (*one.pairs, *one.sparse, *one.extra)}
+    if strange := sorted(found - modules):
+        raise WireError(f"the assignment adapts {strange[0][:200]}, which this client's own adapter does not")
 
 
 def _as_mine(tensors: Mapping[str, Tensor], mine: Adapter) -> dict[str, Tensor]:
@@ -102,9 +122,11 @@ def _as_mine(tensors: Mapping[str, Tensor], mine: Adapter) -> dict[str, Tensor]:
     return {name: t.to(dtype(name, t)) for name, t in tensors.items()}
 
 
-def _adapter(tensors: Mapping[str, Tensor], head: Mapping[str, Any], mine: Adapter, known: frozenset[str]) -> Adapter:
+def adapter_of(
+    tensors: Mapping[str, Tensor], head: Mapping[str, Any], mine: Adapter, known: frozenset[str] = frozenset()
+) -> Adapter:
     """Return the adapter of an assignment: what was sent, and what this client has of it itself."""
-    sent = _part(tensors, ADAPTER)
+    sent = part_of(tensors, ADAPTER)
     pairs, sparse = paths(tensors, ADAPTER, FACTORS), paths(tensors, ADAPTER, ("values",))
     scales, shapes = heads.floats(head, "scales", pairs), heads.shapes(head, "shapes", sparse)
     whole = set(heads.names(head, "whole"))
@@ -140,9 +162,9 @@ def _in_order(adapter: Adapter, mine: Adapter) -> Adapter:
     return Adapter(ordered(adapter.pairs), ordered(adapter.extra), ordered(adapter.sparse))
 
 
-def _side(tensors: Mapping[str, Tensor], head: Mapping[str, Any]) -> Adapter:
+def side_of(tensors: Mapping[str, Tensor], head: Mapping[str, Any]) -> Adapter:
     """Return what the base has changed by: factors, and products."""
-    sent = _part(tensors, SIDE)
+    sent = part_of(tensors, SIDE)
     if odd := sorted(n for n, t in sent.items() if kind(n) not in ("A", "B", DENSE) or t.dim() != 2):
         raise WireError(f"an assignment with {odd[0][:200]!r} beside the base; expected matrices A and B, or {DENSE}")
     dense = {n.rpartition("/")[0]: from_delta(t) for n, t in sent.items() if kind(n) == DENSE}
@@ -155,20 +177,25 @@ def _side(tensors: Mapping[str, Tensor], head: Mapping[str, Any]) -> Adapter:
     return Adapter({**side.pairs, **dense})
 
 
-def _part(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
+def part_of(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
+    """Return one part of a message, without its prefix."""
     return {name.removeprefix(part): t for name, t in tensors.items() if name.startswith(part)}
 
 
 def _measurements(measured: Tensor | None, stages: list[str], why_skipped: str) -> Measurements:
     """Return an update's measurements; raise WireError for numbers that no training has."""
     numbers = 2 + len(COUNTS) + len(stages)
-    if len(stages) > MOST_STAGES or measured is None or measured.dtype != torch.float64 or measured.shape != (numbers,):
+    if odd := sorted(set(stages) - {stage for known in STAGES.values() for stage in known}):
+        raise WireError(f"an update with the seconds of {odd[0][:60]!r}, which no engine has")
+    if measured is None or measured.dtype != torch.float64 or measured.shape != (numbers,):
         raise WireError(f"an update without its measurements; expected {MEASURED}, {numbers} numbers in float64")
     total, tokens, *rest = measured.tolist()
     counts, seconds = rest[: len(COUNTS)], rest[len(COUNTS) :]
-    if not bool(torch.isfinite(measured).all()) or any(n < 0 for n in (tokens, *rest)):
+    if not bool(torch.isfinite(measured).all()) or any(not 0 <= n < 2**53 for n in (tokens, *rest)):
         raise WireError("measurements that are no numbers of at least 0")
-    if any(n != int(n) or n >= 2**53 for n in counts):
+    if abs(total) > LARGEST_SUM:
+        raise WireError(f"measurements with a loss of {total:g}, which no sum has room for")
+    if any(n != int(n) for n in counts):
         raise WireError("measurements that count in fractions")
     counted = dict(zip(COUNTS, map(int, counts), strict=True))
     by_stage = dict(zip(stages, seconds, strict=True))

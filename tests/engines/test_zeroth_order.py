@@ -205,7 +205,8 @@ def test_a_step_without_a_finite_loss_is_not_taken_and_says_so():
 
     engine.task = Breaks()
     (update,) = engine.train([Assignment("ann", 0, sums(), TRAIN.lr)])
-    assert update.memory[SCALARS].isnan().tolist() == [False, True, False, False]
+    assert len(update.memory[SCALARS]) == len(update.memory[CANDIDATES]) == 3, "a step not taken does not travel"
+    assert update.memory[SCALARS].isfinite().all()
     assert (update.measurements.skipped_steps, update.measurements.steps) == (1, 4)
     assert "overflow" in update.measurements.why_skipped
     assert update.adapter.is_finite()

@@ -46,9 +46,9 @@ def a_state(base) -> ServerState:
 
 
 def drawn(state: ServerState, train: TrainSettings, clients=COHORT) -> ServerState:
-    """Return the state with its clients' steps counted, as the loop counts them."""
+    """Return the state with its clients' steps and updates counted, as the loop counts them."""
     steps = {client: state.drawn.get(client, 0) + (train.steps or 0) for client in clients}
-    return replace(state, drawn={**state.drawn, **steps})
+    return replace(state, drawn={**state.drawn, **steps}, counted=dict.fromkeys(clients, state.round))
 
 
 def by_engine(base, method: Strategy, train: TrainSettings) -> Callable:
@@ -253,7 +253,7 @@ def test_a_penalty_looks_back_at_what_the_client_itself_started_from(base):
     list(engine.train([Assignment("ann", 0, state.adapter, 0.05)]))
     kept = engine.store.get("ann", 1)
     starts.clear()
-    list(engine.train([Assignment("ann", 1, state.adapter, 0.05)]))
+    list(engine.train([Assignment("ann", 1, state.adapter, 0.05, last=1)]))
     B = next(name for name in starts[0] if is_B(name))
     assert torch.equal(starts[0][B][0], kept[f"own/{B}"])
     assert not torch.equal(starts[0][B][0], state.adapter.tensors()[B])

@@ -529,6 +529,7 @@ def test_a_teacher_that_does_not_go_with_the_student_is_refused_before_weights_a
     refused(kd(shelf, tmp_path, "foreign"), r"its tokenizer and that of .*base differ \('w0' first\)")
     with pytest.raises(ModelError, match=r"^federation.strategy_args.teacher '.*nowhere': no such folder"):
         check(kd(shelf, tmp_path, "nowhere"))
+    check(kd(shelf, tmp_path, "nowhere"), serves=False)  # a client needs none
 
 
 def test_a_teacher_whose_head_gives_other_labels_is_named(shelf, tmp_path):

@@ -59,8 +59,9 @@ def test_a_run_resumes_to_the_same_bits(tmp_path, pro):
     again = simulation.run(a_run(tmp_path, **over), resume_from=1)
     assert journal(again) == lines
     assert {p.name: p.read_bytes() for p in (again.folder / "state").glob("*.safetensors")} == before
-    assert lines[-1]["uplink_bytes"] == 3 * 2 * 6
-    assert lines[-1]["downlink_bytes"] == 3 * (64 * 4 + (2 * 2 if pro else 0))
+    assert 0 < lines[-1]["uplink_bytes"] - 3 * 2 * 6 < 3 * 1200, "two steps' candidates and scalars, and a head"
+    assert 0 < lines[-1]["downlink_bytes"] - 3 * (64 * 4 + (2 * 2 if pro else 0)) < 3 * 1200
+    assert not any(line["absent"] for line in lines[1:])
 
 
 def test_the_exported_model_is_the_evaluated_one(tmp_path):
@@ -88,9 +89,10 @@ def test_loss_falls_and_the_head_with_it(tmp_path):
 
 
 def test_a_plan_foresees_its_bytes_and_memory(tmp_path):
-    foreseen = forecast(a_run(tmp_path, **{"federation.strategy_args": {"probabilities": True}}))
-    assert foreseen.downlink_bytes == 3 * (64 * 4 + 2 * 2)
-    assert foreseen.uplink_bytes == 3 * 2 * 6
+    made = a_run(tmp_path, **{"federation.strategy_args": {"probabilities": True}})
+    foreseen, line = forecast(made), journal(simulation.run(made))[1]
+    assert foreseen.downlink_bytes == line["downlink_bytes"]
+    assert foreseen.uplink_bytes == line["uplink_bytes"]
     assert foreseen.adapter_numbers == 64
     assert foreseen.plan.clients_per_pass == 1
     assert foreseen.pass_bytes == 2 * 4 * foreseen.base_parameters

@@ -1,5 +1,6 @@
 """What a hostile or broken client sends is rejected with its reason; nobody else is touched, and memory stays small."""
 
+import json
 import re
 import struct
 import tracemalloc
@@ -102,6 +103,17 @@ CASES = {
         lambda: pack(replace(honest(), measurements=measured(loss=Mean(float("nan"), 1.0)))),
         r"no numbers of"
     ),
+    "a loss that no sum has room for": (
+        lambda: pack(replace(honest(), measurements=measured(loss=Mean(-1e308, 1.0)))),
+        r"a loss of -1e\+308, which no sum has room for"
+    ),
+    "more seconds than there were": (
+        lambda: pack(replace(honest(), measurements=measured(seconds={"forward": 1e308}))), r"no numbers of"
+    ),
+    "seconds of the server's own": (
+        lambda: pack(replace(honest(), measurements=measured(seconds={"round": 1.0}))),
+        r"the seconds of 'round', which no engine has"
+    ),
 }  # fmt: skip
 
 
@@ -115,6 +127,18 @@ def test_a_bad_update_is_an_absence_with_its_reason(case):
     assert "\n" not in answer.reason
     assert len(answer.reason) < 500
     assert re.search(why, answer.reason), answer.reason
+
+
+def test_a_reason_is_one_plain_line_whatever_the_message_called_its_tensors():
+    name = "\x1b[2J\ud800" + "x" * 10_000
+    entry = {"dtype": "Q", "shape": [1], "data_offsets": [0, 1]}
+    answer = judged(a_header(json.dumps({"__metadata__": {"sheepfold": "{}"}, name: entry})))
+    assert answer.reason.startswith("rejected: not a message of ours: ")
+    assert len(answer.reason) < 500
+    assert answer.reason.isprintable()
+    excuse = judged(pack_absence(Absence("ann", "gone\x1b[2J \ud800"), 3))
+    assert excuse.reason.isprintable()
+    excuse.reason.encode()
 
 
 def test_an_honest_update_is_taken():

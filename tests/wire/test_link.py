@@ -1,6 +1,8 @@
 """The same run with a wire and without: values that never become bytes, and bytes, come to the same bits."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 
 import pytest
 
@@ -50,7 +52,28 @@ class Far:
             yield desk.take(a.client, data)
 
 
-def a_run(kind, names, federation, *, far=False, until=3, store=None, state=None, keep=()):
+class Spoils:
+    """An engine of which one client's update of one round cannot be counted; or that client does not train in it."""
+
+    def __init__(self, engine, client: str, round: int, trains: bool) -> None:
+        self.engine, self.store, self.client, self.round, self.trains = engine, engine.store, client, round, trains
+
+    def train(self, assignments: Sequence[Assignment]) -> Iterator[Update | Absence]:
+        for a in assignments:
+            if (a.client, a.round) != (self.client, self.round):
+                yield from self.engine.train([a])
+            elif not self.trains:
+                yield Absence(a.client, "away")
+            else:
+                [answer] = self.engine.train([a])
+                yield replace(answer, measurements=replace(answer.measurements, rows=0))
+
+
+def as_it_is(engine):
+    return engine
+
+
+def a_run(kind, names, federation, *, far=False, until=3, store=None, state=None, keep=(), around=as_it_is):
     """Return the last state, its reports and the engine."""
     base = small.model()
     experiment = build({
@@ -72,7 +95,7 @@ def a_run(kind, names, federation, *, far=False, until=3, store=None, state=None
     setting = Setting(1, list(small.CLIENTS), ranks, dict.fromkeys(adapter.pairs, 4), 16.0, weight)
     first = made.begin(ServerState(0, adapter, engine.plan, setting=setting))
     chosen = sampler(FederationSettings(clients_per_round=3), list(small.CLIENTS), seed=3)
-    wired = Far(engine, agreed, made, first) if far else Link(engine, agreed)
+    wired = Far(engine, agreed, made, first) if far else Link(around(engine), agreed)
     lr = lambda r: 1e-3  # noqa: E731
     told = list(rounds(state or first, until, sampler=chosen, strategy=made, engine=wired, lr=lr))
     engine.close()
@@ -143,3 +166,16 @@ def test_scaffold_and_a_bound_do_not_go_together():
     experiment = build({"federation": {"strategy": ["scaffold", "fedavg"], "norm_bound": 1.0}})
     with pytest.raises(ConfigError, match=r"norm_bound with federation.strategy scaffold: .*set it to null"):
         terms(experiment, strategy(experiment.federation))
+
+
+@pytest.mark.parametrize("names", [("scaffold", "fedavg"), ("fedavg",), ("fedsa",)], ids="+".join)
+def test_a_rejected_update_leaves_the_client_as_if_it_had_not_trained(names):
+    """What it kept of that round, its variate or what int8 lost, and the rows it drew: none of it is gone on from."""
+    found = []
+    for trains in (True, False):
+        spoil = partial(Spoils, client="ann", round=1, trains=trains)
+        state, reports, _ = a_run("peft_model", names, over(names, NARROW), around=spoil, until=4)
+        assert reports[1].absences == {"ann": "rejected: an update after 2 steps on 0 rows" if trains else "away"}
+        assert any("ann" in report.cohort for report in reports[2:])
+        found.append((state.hash(), state.drawn, state.counted))
+    assert found[0] == found[1]
