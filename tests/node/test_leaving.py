@@ -4,7 +4,7 @@ import json
 
 from sheepfold.config import build
 from sheepfold.messages import Wire
-from sheepfold.node.leaving import leaving, show
+from sheepfold.node.leaving import leaving, text
 from sheepfold.strategies.scaffold import VARIATE
 from sheepfold.wire import blob
 from sheepfold.wire.ends import Terms, written
@@ -39,11 +39,12 @@ def test_what_stays_is_named_and_what_goes_beside_too():
     assert any(item.name == "memory:variate/x" for item in told.server_sees)
 
 
-def test_it_is_printed_and_kept(capsys):
+def test_it_is_told_in_words_and_kept():
     told = leaving(a_handed(), Terms(), EXPERIMENT)
     kept = json.loads(told.as_json())
     assert kept["bytes_at_most"] == told.bytes_at_most
     assert kept["measurements"]["rows"] == "training rows here"
-    show(told, most=2)
-    told_by = capsys.readouterr()
-    assert "no rows, no tokens, no text" in " ".join((told_by.out + told_by.err).split())
+    words = text(told)
+    assert "no rows, no tokens, no text" in words
+    assert all(item.name in words for item in told.server_sees)
+    assert f"and {len(told.server_sees) - 2} more" in text(told, most=2)

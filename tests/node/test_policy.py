@@ -46,6 +46,26 @@ REFUSED = {
                            {"tasks": ("classification",)}, r"adapter.modules_to_save \['lm_head'\]"),
     "more rows": ({"train.steps": 5, "train.batch_rows": 16}, {"rows_per_round": 79}, r"batch_rows 80, .* 79"),
     "more epochs": ({"train.epochs": 3}, {"rows_per_round": 299}, r"train.epochs x this machine's rows 300"),
+    "more rows in the end": (
+        {"train.steps": 1, "train.batch_rows": 4, "personal.finetune_steps": 30}, {"rows_per_round": 100},
+        r"personal.finetune_steps x train.batch_rows 120, .* 100",
+    ),
+    "another base": ({"model.base": "owner/other"}, {"models": ("builtin:tiny",)}, r"base owner/other, .* models"),
+    "another tokenizer": ({"model.tokenizer": "x/y"}, {"models": ("builtin:tiny",)}, r"model.tokenizer x/y, .* models"),
+    "a template of its own": ({"data.template": "own.json"}, {}, r"data.template own.json, .* files false"),
+    "an adapter's folder": ({"adapter.start": "/runs/old"}, {}, r"adapter.start /runs/old, .* files false"),
+    "a file in PEFT's options": (
+        {"adapter.method": "vera", "train.engine": "peft_model", "adapter.options": {"state": "/etc/x"}},
+        {"methods": ("vera",)}, r"adapter.options.state /etc/x, .* files false",
+    ),
+    "modules sent whole by PEFT": (
+        {"adapter.method": "dora", "train.engine": "peft_model", "adapter.options": {"modules_to_save": ["lm_head"]}},
+        {"methods": ("dora",)}, r"adapter.options.modules_to_save \['lm_head'\], .* full_weights false",
+    ),
+    "a larger rank of PEFT's": (
+        {"adapter.method": "lokr", "train.engine": "peft_model", "adapter.options": {"r": 64}},
+        {"methods": ("lokr",)}, r"adapter.options.r 64, .* max_rank 16",
+    ),
     "another task": ({"task": "classification"}, {}, r"asks for task classification, .* tasks \[causal_lm\]"),
     "answers": ({"evaluation.metrics": ["exact_match"]}, {}, r"evaluation.metrics exact_match, .* generation false"),
     "its own strategy": ({"federation.strategy": "theirs:fold"}, {}, r"federation.strategy theirs:fold, .* code false"),
@@ -67,11 +87,23 @@ def test_what_is_not_given_is_refused(case):
 def test_what_is_given_is_taken():
     given = Policy(
         max_rank=200, methods=("lora", "dora"), full_weights=True, tasks=("causal_lm", "classification"),
-        generation=True, code=True,
+        generation=True, code=True, files=True,
     )  # fmt: skip
     for over, own, _ in REFUSED.values():
-        if "rows_per_round" not in own:
-            assert not list(refusals(given, asked(**over)))
+        if not {"rows_per_round", "models"} & own.keys():
+            methods = (*given.methods, *own.get("methods", ()))
+            assert not list(refusals(given.model_copy(update={"methods": methods}), asked(**over)))
+
+
+def test_code_that_comes_with_a_model_never_runs():
+    options = {"adapter.method": "prompt", "train.engine": "peft_model"}
+    options |= {"adapter.options": {"num_virtual_tokens": 4, "tokenizer_kwargs": {"trust_remote_code": True}}}
+    with pytest.raises(PolicyError, match="asks for trust_remote_code, and code that comes with a model never runs"):
+        check_policy(Policy(methods=("prompt_tuning",), code=True, files=True), asked(**options))
+
+
+def test_where_rows_come_from_is_not_the_experiments_to_say():
+    check_policy(CAREFUL, asked(**{"data.source": "theirs:rows", "data.partition.by": "theirs:parts"}), rows=10)
 
 
 def test_fed_sb_inside_the_base_sends_cores_alone():
@@ -93,6 +125,8 @@ def test_a_policy_file_is_read_and_checked(tmp_path):
     path.write_text("max_ranks: 4\n")
     with pytest.raises(ConfigError, match=r"unknown key 'max_ranks'; did you mean 'max_rank'\?"):
         read_policy(path)
+    with pytest.raises(ConfigError, match=r"gone.yaml: no such policy file"):
+        read_policy(tmp_path / "gone.yaml")
     path.write_text("max_rank: 0\n")
     with pytest.raises(ConfigError, match=r"max_rank: found 0; input should be greater than 0"):
         read_policy(path)
