@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-browser lint format bench clean
+.PHONY: help demo test test-slow test-browser test-network lint format bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -23,13 +23,17 @@ demo: $(VENV)/.ready ## ten clients teach one adapter eight tasks, in about a mi
 
 # A process a core, each with one thread: models this small gain nothing from a second one.
 test: $(VENV)/.ready ## the plain suite
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not slow and not browser" tests
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not slow and not browser and not network" tests
 
 test-slow: $(VENV)/.ready ## kill -9 at twenty random moments; Dolly
-	@$(BIN)/python -m pytest -m "slow" tests
+	@$(BIN)/python -m pytest -m "slow and not network" tests
 
 test-browser: $(VENV)/.ready ## pages in headless Chromium
-	@$(BIN)/python -m pytest -m "browser" tests
+	@$(BIN)/python -m pytest -m "browser and not network" tests
+
+# The bits of a run depend on how many threads share a sum; the processes that these tests start have one each.
+test-network: $(VENV)/.ready ## server and clients as processes; kill -9 of each; two hosts, which needs root
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "network" tests
 
 lint: $(VENV)/.ready ## ruff and mypy
 	@$(BIN)/ruff check .
