@@ -10,7 +10,20 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from sheepfold.commands import chat, evaluate, export, finetune, models, offsite, report, serve, track
+from sheepfold.commands import (
+    certs,
+    chat,
+    client,
+    evaluate,
+    export,
+    finetune,
+    models,
+    offsite,
+    report,
+    serve,
+    server,
+    track,
+)
 from sheepfold.errors import SheepfoldError
 
 app = typer.Typer(
@@ -46,21 +59,24 @@ def run(
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
     as_json: AsJson = False,
+    on: Annotated[str, typer.Option(help="here: in this process; flower: on this server's clients.")] = "here",
+    fold: Annotated[Path | None, typer.Option(help="The server's folder, with --on flower; default: fold.")] = None,
 ) -> None:
     """Run an experiment; without a file, the demo."""
     experiment = _experiment(file, _baselines(baseline))
-    from sheepfold import simulation  # torch and transformers come with it
+    from sheepfold.commands.places import runner
 
-    go: dict[str, Any] = {"resume": resume, "resume_from": resume_from}
+    go = runner(experiment, on, fold, resume, resume_from)
     if quiet or as_json:
+        from sheepfold.clients import silent
         from sheepfold.display import json_lines
 
-        _interruptible(lambda: simulation.run(experiment, **go, listener=json_lines if as_json else simulation.silent))
+        _interruptible(lambda: go(json_lines if as_json else silent))
         return
     from sheepfold.display import Terminal
 
     with Terminal() as terminal:
-        _interruptible(lambda: simulation.run(experiment, **go, listener=terminal))
+        _interruptible(lambda: go(terminal))
 
 
 @app.command()
@@ -155,6 +171,12 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "export": export.command,
     "finetune": finetune.command,
     "offsite": offsite.command,
+    "certs": certs.command,
+    "server": server.server,
+    "client": client.command,
+    "enroll": server.enroll,
+    "status": server.status,
+    "stop": server.stop,
 }
 for name, command in COMMANDS.items():
     app.command(name)(command)

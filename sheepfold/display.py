@@ -62,15 +62,17 @@ class Terminal:
             handler(facts)
 
     def _on_stage(self, facts: Mapping[str, Any]) -> None:
-        self._progress.reset(self._task, description=facts["text"])
+        self._progress.reset(self._task, description=escape(facts["text"]))
         self._show()
 
     def _on_start(self, facts: Mapping[str, Any]) -> None:
         f = facts
+        apart = f["train_rows"] is None
         self.console.print(
             f"[bold]{f['strategy']}[/] on {escape(f['base'])} ({f['device']}, {f['dtype']}): {f['clients']:,} clients, "
-            f"{f['cohort']:,} a round, {f['rounds']} rounds; {f['train_rows']:,} training rows, "
-            f"{f['adapter_numbers']:,} numbers in the adapter, {together(f['plan'].clients_per_pass)}"
+            f"{f['cohort']:,} a round, {f['rounds']} rounds; {_rows(f['train_rows'])}, "
+            f"{f['adapter_numbers']:,} numbers in the adapter, "
+            f"{'each on its own machine' if apart else together(f['plan'].clients_per_pass)}"
         )
         if facts["ranks"]:
             kinds = ", ".join(f"{count:,} of rank {name}" for name, count in facts["ranks"])
@@ -86,6 +88,13 @@ class Terminal:
             said = ", ".join(f"{name} {cells[name]}" for name in HEADINGS if cells[name])
             self.console.print(f"round {line['round']}: {said}")
         self._progress.reset(self._task, description=f"round {line['round'] + 1}")
+        self._show()
+
+    def _on_waiting(self, facts: Mapping[str, Any]) -> None:
+        left = facts["outstanding"]
+        names = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
+        text = f"{facts['kind']}: {facts['answered']} of {facts['asked']} have answered"
+        self._progress.reset(self._task, description=escape(f"{text}, waiting for {names}" if left else text))
         self._show()
 
     def _on_progress(self, facts: Mapping[str, Any]) -> None:
@@ -177,6 +186,10 @@ def size(count: float) -> str:
 def together(clients: int) -> str:
     """Return how many clients share a pass, in words."""
     return "1 client at a time" if clients == 1 else f"{clients} clients together"
+
+
+def _rows(train_rows: int | None) -> str:
+    return "training rows with their clients" if train_rows is None else f"{train_rows:,} training rows"
 
 
 def shortened(name: str, most: int = 32) -> str:
