@@ -169,13 +169,19 @@ def _in_place(experiment: Experiment, outline: Outline, asked: Task) -> Adapter:
     """Return the whole tensors that train where there are no pairs: names and shapes, no numbers."""
     model: Any = outline.model
     if experiment.adapter.method == "full":
-        trained = {name: (p.shape, outline.dtype) for name, p in model.named_parameters()}
+        trained = {name: (model.get_parameter(name).shape, outline.dtype) for name in _whole_model(model)}
     else:
         from sheepfold.engines.carriers import carrier
 
         carried = carrier(model, [], experiment.adapter, experiment.seed, task=asked)
         trained = {n.removesuffix("/extra"): (t.shape, torch.float32) for n, t in carried.factors().items()}
     return Adapter(extra={n: torch.empty(shape, dtype=d, device="meta") for n, (shape, d) in trained.items()})
+
+
+def _whole_model(model: Any) -> list[str]:
+    """Return the names of the tensors that method full trains: all, or those that an emulator's owner listed."""
+    cut = cut_in(model)
+    return offsite_names(model, cut) if cut else [name for name, _ in model.named_parameters()]
 
 
 def _adapter_size(experiment: Experiment, outline: Outline, widest: Mapping[str, int], asked: Task) -> tuple[int, int]:
@@ -190,8 +196,7 @@ def _adapter_size(experiment: Experiment, outline: Outline, widest: Mapping[str,
         numbers += sum(model.get_parameter(name).numel() for name in whole_names(model, asked))
         return numbers, len(sites) + len(whole)
     if experiment.adapter.method == "full":
-        cut = cut_in(model)
-        names = offsite_names(model, cut) if cut else [name for name, _ in model.named_parameters()]
+        names = _whole_model(model)
         return sum(model.get_parameter(name).numel() for name in names), len(names)
     if experiment.adapter.method == SEEDS:
         return seed_options(experiment.adapter.options).candidates, len(list(model.parameters()))

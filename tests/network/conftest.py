@@ -4,7 +4,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from sheepfold.assets import corpus
 from tests.network import servers
+from tests.network.federation import THREE, Federation, write_rows
 
 
 @pytest.fixture(scope="session")
@@ -28,3 +30,20 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
+    """A server with three clients who are there."""
+    folder = tmp_path_factory.mktemp("federation")
+    rows = iter(corpus.rows(sum(THREE.values()), seed=3))
+    with Federation(folder, list(THREE)) as made:
+        made.server.start()
+        (folder / "rows").mkdir()
+        for name, count in THREE.items():
+            own = [next(rows) for _ in range(count)]
+            write_rows(folder / "rows" / f"{name}.jsonl", own)
+            made.node(name, own)
+            made.join(name)
+        made.there()
+        yield made

@@ -24,6 +24,8 @@ from tests.network.servers import Server, environment, program, until
 
 Rows = Sequence[Mapping[str, Any]]
 Process = subprocess.Popen[bytes]
+THREE = {"ann": 24, "bob": 17, "cleo": 30}
+"""Clients of the fixture `federation` -> their rows, which lie in <folder>/rows, too"""
 CLIENT = (program("sheepfold"), "client")
 
 

@@ -12,36 +12,17 @@ import pytest
 
 from sheepfold import simulation
 from sheepfold.assembly import Parts
-from sheepfold.assets import corpus
 from sheepfold.clients import Here, InProcess, Listener
 from sheepfold.journal import RunFolder
 from sheepfold.messages import Absence, Assignment, Update
-from tests.network.federation import Federation, below, write_rows
+from tests.network.federation import THREE, Federation, below
 from tests.network.servers import until
 from tests.runs import experiment
 
 pytestmark = pytest.mark.network
 
-ROWS = {"ann": 24, "bob": 17, "cleo": 30}
 KILLS = 10
 TARGETS = ("client", "SuperNode", "executor", "SuperLink", "proxy", "superexec", "coordinator", "server")
-
-
-@pytest.fixture(scope="module")
-def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
-    """A server with three clients who are there."""
-    folder = tmp_path_factory.mktemp("kills")
-    rows = iter(corpus.rows(sum(ROWS.values()), seed=3))
-    with Federation(folder, list(ROWS)) as made:
-        made.server.start()
-        (folder / "rows").mkdir()
-        for name, count in ROWS.items():
-            own = [next(rows) for _ in range(count)]
-            write_rows(folder / "rows" / f"{name}.jsonl", own)
-            made.node(name, own)
-            made.join(name)
-        made.there()
-        yield made
 
 
 @dataclass(frozen=True)
@@ -81,7 +62,7 @@ def doing(federation: Federation, name: str) -> str:
 
 def strike(federation: Federation, target: str, rng: random.Random) -> None:
     """kill -9 one process; who has no supervisor of ours is started again, as systemd would."""
-    name = rng.choice(list(ROWS))
+    name = rng.choice(list(THREE))
     server, client = federation.server.process, federation.clients[name]
     assert server is not None
     if target == "client":

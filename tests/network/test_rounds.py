@@ -4,54 +4,24 @@ import json
 import os
 import signal
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 pytest.importorskip("flwr")
-import torch
 
 from sheepfold import simulation
-from sheepfold.assets import corpus
 from sheepfold.flower import jobs
-from tests.network.federation import Federation, write_rows
+from tests.network.federation import Federation
 from tests.network.servers import environment, program, until
 from tests.runs import experiment
 
 pytestmark = pytest.mark.network
 
-ROWS = {"ann": 24, "bob": 17, "cleo": 30}
 OPTIONS: dict[str, Any] = {
     "train.clients_per_pass": 1, "federation.rounds": 3, "data.rows": None, "data.partition": {"by": "files"},
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
-    """A server with three clients who are there."""
-    folder = tmp_path_factory.mktemp("federation")
-    rows = iter(corpus.rows(sum(ROWS.values()), seed=3))
-    with Federation(folder, list(ROWS)) as made:
-        made.server.start()
-        (folder / "rows").mkdir()
-        for name, count in ROWS.items():
-            own = [next(rows) for _ in range(count)]
-            write_rows(folder / "rows" / f"{name}.jsonl", own)
-            made.node(name, own)
-            made.join(name)
-        made.there()
-        yield made
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Sums depend on how many threads share them, and the processes have one each."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def asked(folder: Path, **over: Any) -> Any:

@@ -32,7 +32,8 @@ def test_only_adapter_layers_travel(lora, whole):
     assert {int(name.split(".")[2]) for name in whole.adapter.extra} == {0, 1, 4, 5}
     assert len(whole.adapter.extra) == 4 * 9
     sent = 4 * sum(t.numel() for t in whole.adapter.extra.values())
-    assert lines_of(whole)[1]["uplink_bytes"] == 4 * sent
+    heads = lines_of(whole)[1]["uplink_bytes"] - 4 * sent
+    assert 0 < heads < 4 * (4 * 9) * 200
 
 
 def test_the_journal_tells_of_both_models_and_of_the_emulator(lora):
