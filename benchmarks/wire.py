@@ -161,7 +161,7 @@ def between(folder: Path, options: Mapping[str, Any], clients: int) -> dict[str,
     with Federation(folder, names) as federation:
         federation.server.start()
         for i, name in enumerate(names):
-            federation.node(name, rows(i))
+            federation.node(name, rows(i), policy={"max_rank": WIDTH})
             federation.join(name)
         federation.there()
         assert federation.server.process is not None
