@@ -197,24 +197,26 @@ def main() -> None:
                 apart = between(Path(temporary) / f"apart-{clients}-{size}", options, clients)
                 assert here["hash"] == apart["hash"], "other bits between machines than in one process"
                 results.append({"clients": clients, "megabytes": size, "here": here, "apart": apart})
-                print(row(results[-1]), flush=True)
+                print(row(results[-1], results[0]), flush=True)
     write(args, results)
 
 
+SERVER = ("coordinator", "superlink")
 HEAD = (
-    "| adapter, MB | clients | s a round, one process | between machines | overhead | coordinator, MB | beyond one "
-    "process, in payloads | SuperLink | proxy | executor | SuperNode |\n|" + "---|" * 11
+    "| adapter, MB | clients | s a round, one process | between machines | overhead | one process, MB | coordinator | "
+    "SuperLink | proxy | executor | SuperNode | coordinator grows by, in payloads | SuperLink |\n|" + "---|" * 13
 )
 
 
-def row(result: Mapping[str, Any]) -> str:
-    """Return a line of the table."""
+def row(result: Mapping[str, Any], least: Mapping[str, Any]) -> str:
+    """Return a line of the table; least: the result with the smallest adapter, from which memory grows."""
     here, apart, memory = result["here"], result["apart"], result["apart"]["memory"]
-    payloads = (memory["coordinator"] - here["memory"]) / (apart["uplink"] / 1e6)
+    more = (apart["uplink"] - least["apart"]["uplink"]) / 1e6
+    grown = [f"{(memory[r] - least['apart']['memory'][r]) / more:.1f}" if more > 0 else "" for r in SERVER]
     cells = [
         f"{apart['uplink'] / 1e6:.1f}", result["clients"], f"{here['seconds']:.2f}", f"{apart['seconds']:.2f}",
-        f"{apart['seconds'] - here['seconds']:.2f}", f"{memory['coordinator']:.0f}", f"{payloads:.1f}",
-        *(f"{memory[role]:.0f}" for role in ("superlink", "proxy", "executor", "supernode")),
+        f"{apart['seconds'] - here['seconds']:.2f}", f"{here['memory']:.0f}",
+        *(f"{memory[role]:.0f}" for role in ("coordinator", "superlink", "proxy", "executor", "supernode")), *grown,
     ]  # fmt: skip
     return "| " + " | ".join(map(str, cells)) + " |"
 
@@ -232,7 +234,7 @@ def write(args: argparse.Namespace, results: list[dict[str, Any]]) -> None:
             "one step of one row a client; the same bits both ways.",
             "",
             HEAD,
-            *map(row, results),
+            *(row(result, min(results, key=lambda r: r["megabytes"])) for result in results),
             "",
         ]
     )
