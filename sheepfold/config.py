@@ -7,18 +7,17 @@ combination is reported before torch, a data set or a model is loaded.
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import NoneType
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from sheepfold import adapter_methods, rank_choice, tracking
 from sheepfold.errors import ConfigError, suggest
 from sheepfold.network.settings import NetworkSettings
 from sheepfold.offsite import settings as offsite_settings
 from sheepfold.offsite.settings import OffsiteSettings
-from sheepfold.section import Fraction, Positive, Section, Share
+from sheepfold.section import Fraction, Positive, Section, Share, first_problem
 
 RankChoice = Annotated[
     Positive | str | tuple[Positive | Mapping[str, Positive], ...] | Mapping[str, Any] | None,
@@ -574,7 +573,7 @@ def build(values: Mapping[str, Any], source: str = "experiment") -> Experiment:
     try:
         return Experiment.model_validate(dict(values))
     except ValidationError as error:
-        raise ConfigError(f"{source}: {_first_problem(error)}") from None
+        raise ConfigError(f"{source}: {first_problem(error, Experiment)}") from None
 
 
 def dump(experiment: Experiment) -> str:
@@ -622,26 +621,6 @@ def _with_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
         except (yaml.YAMLError, ValueError, RecursionError):
             raise ConfigError(f"override {text!r}: the value is not valid YAML; quote it") from None
     return values
-
-
-def _first_problem(error: ValidationError) -> str:
-    """Return the first validation error as one line: key, value found, what was expected."""
-    problem = error.errors(include_url=False)[0]
-    key = ".".join(str(part) for part in problem["loc"] if not str(part).startswith(("tuple[", "literal[")))
-    if problem["type"] == "extra_forbidden":
-        return f"unknown key {key!r}; {suggest(key.rpartition('.')[2], _keys_beside(problem['loc']))}"
-    message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "value_error":
-        return f"{key}: {message}" if key else message
-    return f"{key}: found {problem['input']!r}; {message[:1].lower()}{message[1:]}"
-
-
-def _keys_beside(location: tuple[int | str, ...]) -> list[str]:
-    section: type[BaseModel] = Experiment
-    for part in location[:-1]:
-        found: Any = section.model_fields[str(part)].annotation
-        section = next((kind for kind in get_args(found) if kind is not NoneType), found)  # of an optional section
-    return list(section.model_fields)
 
 
 def json_schema() -> dict[str, Any]:

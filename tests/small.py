@@ -1,6 +1,7 @@
 """Small real things to test with: models of two layers, ragged rows, adapters with something in them."""
 
 import itertools
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from sheepfold.adapter import Adapter, LoraPair, SparseDelta
@@ -134,6 +136,14 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def quick() -> Iterator[None]:
+    """One thread, and no waiting for the disk: what a power cut leaves is not what these tests are about."""
+    with one_thread(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
 
 
 def saved(folder: Path, family: str = "llama") -> Path:

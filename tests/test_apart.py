@@ -1,7 +1,6 @@
 """The same run with its clients' rows in one place and apart: the same bits, the same figures, the same table."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +38,7 @@ OTHERS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(autouse=True, scope="module")
 def _quick():
-    with small.one_thread(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda _: None)
+    with small.quick():
         yield
 
 

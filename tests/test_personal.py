@@ -1,7 +1,6 @@
 """Adapters of clients' own: modules that stay at home, Ditto, fine-tuning at the end; and who goes home with what."""
 
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,8 +42,7 @@ LAMBDA = 4.0
 
 @pytest.fixture(autouse=True, scope="module")
 def _quick():
-    with small.one_thread(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda _: None)
+    with small.quick():
         yield
 
 

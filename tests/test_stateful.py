@@ -5,7 +5,6 @@ for a client that comes late, and for both halves of the methods that change in 
 """
 
 import json
-import os
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -86,9 +85,7 @@ OTHER_LOSS = 1e-4
 
 @pytest.fixture(autouse=True, scope="module")
 def _quick():
-    """One thread, and no waiting for the disk: what a power cut leaves is not what these tests are about."""
-    with small.one_thread(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda _: None)
+    with small.quick():
         yield
 
 

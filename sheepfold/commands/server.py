@@ -77,7 +77,8 @@ def stop(
     """End a run in good order, after what it is at; finished rounds are saved."""
     require("sheepfold stop", "flower", "flwr")
     from sheepfold.flower import jobs
-    from sheepfold.flower.fold import Fold, is_locked
+    from sheepfold.flower.fold import Fold
+    from sheepfold.locks import is_locked
 
     place = Fold(fold)
     place.require()

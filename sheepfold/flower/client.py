@@ -24,10 +24,11 @@ from typing import Any
 from sheepfold.errors import CheckpointError, ConfigError
 from sheepfold.flower import session
 from sheepfold.flower.executor import NODE
-from sheepfold.flower.fold import read_json, try_lock, write_json
+from sheepfold.flower.fold import read_json, write_json
 from sheepfold.flower.heartbeat import Heartbeat, Unreachable
 from sheepfold.flower.keys import write_private
 from sheepfold.flower.supervise import LEAN, Child, flower_environment, stop_all
+from sheepfold.locks import try_lock
 from sheepfold.node.settings import NodeSettings
 
 STEP_S = 0.2
@@ -109,8 +110,7 @@ class Client:
         lives = self.executor.starts
         self.executor.step(self.say)
         if lives and (self.executor.process is None or self.executor.starts > lives):
-            self._leave()
-            self.supernode.stop()  # in good order: the server need not wait for what the executor was at
+            self._renew()  # the server need not wait for what the executor was at
         if self.executor.process is None:
             return
         running = self.supernode.process is not None
@@ -123,8 +123,7 @@ class Client:
             self._look_in()
         elif self._gave_up():
             self.say(f"SuperNode gave up on a call; starts again, its log is {self.supernode.log}")
-            self._leave()
-            self.supernode.stop()
+            self._renew()
         self._check_refused()
 
     def _supernode(self) -> list[str]:
@@ -169,17 +168,25 @@ class Client:
 
     def _gave_up(self) -> bool:
         """Return whether the SuperNode has given up on a call, by what it wrote since the last look."""
-        with open(self.supernode.log, "rb") as log:
-            start = log.seek(min(self._heard_to, self.supernode.log.stat().st_size))
-            lines = log.read().rpartition(b"\n")[0]
+        start, text = self._written(self._heard_to)
+        lines = text.rpartition(b"\n")[0]
         self._heard_to = start + len(lines)
         return GAVE_UP.search(lines) is not None
 
     def _log(self) -> str:
         """Return what the SuperNode has written since its start."""
+        return self._written(self._read_to)[1].decode(errors="replace")
+
+    def _written(self, place: int) -> tuple[int, bytes]:
+        """Return the SuperNode's log from a place on, and that place: a log that was turned over is shorter."""
         with open(self.supernode.log, "rb") as log:
-            log.seek(min(self._read_to, self.supernode.log.stat().st_size))
-            return log.read().decode(errors="replace")
+            start = log.seek(min(place, self.supernode.log.stat().st_size))
+            return start, log.read()
+
+    def _renew(self) -> None:
+        """End the session in good order; the next look starts another SuperNode."""
+        self._leave()
+        self.supernode.stop()
 
     def _leave(self) -> None:
         if self.heartbeat.session:
@@ -211,8 +218,7 @@ class Client:
         if "state" in told:
             self.heartbeat.state = told["state"]
         if "renew" in told:
-            self._leave()
-            self.supernode.stop()
+            self._renew()
         if "say" in told:
             self.say(told["say"])
 

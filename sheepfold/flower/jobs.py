@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sheepfold.errors import CheckpointError, ConfigError, suggest
-from sheepfold.flower.fold import Fold, is_locked, locked, read_json, try_lock, write_json
+from sheepfold.flower.fold import Fold, read_json, write_json
+from sheepfold.locks import is_locked, locked, try_lock
 
 State = Literal["waiting", "running", "done", "failed", "stopped"]
 OVER = ("done", "failed", "stopped")

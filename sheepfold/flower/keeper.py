@@ -32,13 +32,14 @@ class Keeper:
 
     fold: Fold
     say: Callable[[str], None]
+    once: Callable[[str], None]
+    """As say, for what would be said at each look"""
     _started: float = 0.0
     """When this server last started a coordinator"""
     _asked: dict[str, float] = field(default_factory=dict)
     """Job -> when its end was asked for"""
     _dead: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Job -> rounds at its last coordinator's death, and how many died there"""
-    _said: set[str] = field(default_factory=set)
 
     def step(self) -> None:
         """Look at the jobs once. Raises Unreachable where the SuperLink is not there to be told."""
@@ -48,7 +49,7 @@ class Keeper:
             except Unreachable:
                 raise
             except CheckpointError as error:  # a damaged file stops its own job alone
-                self._once(str(error))
+                self.once(str(error))
                 continue
             if not over:
                 return  # the rest waits for this one
@@ -143,11 +144,6 @@ class Keeper:
     def _end(self, job: jobs.Job, state: jobs.State, reason: str) -> None:
         jobs.update(job, state=state, reason=reason, pid=None)
         self.say(f"{job.id}: {state} ({reason})")
-
-    def _once(self, line: str) -> None:
-        if line not in self._said:
-            self._said.add(line)
-            self.say(line)
 
     @property
     def _logs(self) -> str:

@@ -7,8 +7,9 @@ from typing import Any
 
 from sheepfold.errors import SheepfoldError
 from sheepfold.flower import alive, certs, jobs, registry
-from sheepfold.flower.fold import Fold, glance, is_locked, read_json
+from sheepfold.flower.fold import Fold, glance, read_json
 from sheepfold.journal import RunFolder
+from sheepfold.locks import is_locked
 
 LONGEST = 60
 """Signs of a client's own words that are shown"""

@@ -5,7 +5,8 @@
                     GET  /health                                     ──▶ SuperLink
                     anything else                                    ──▶ 403
 
-Bodies pass through piece by piece, in both directions; none is ever held whole. It is a process of its own:
+Bodies pass through piece by piece, in both directions; only the small ones that may be told again (redelivery.py) are
+held whole. It is a process of its own:
 `python -m sheepfold.flower.proxy FOLD DESCRIPTOR`, with the socket that its supervisor bound.
 """
 

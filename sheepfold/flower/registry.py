@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from sheepfold.errors import CheckpointError, ConfigError, suggest
 from sheepfold.flower import keys
-from sheepfold.flower.fold import Fold, locked, read_json, write_json
+from sheepfold.flower.fold import Fold, read_json, write_json
+from sheepfold.locks import locked
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric import ec

@@ -18,10 +18,11 @@ from types import FrameType
 from sheepfold import listening
 from sheepfold.errors import ConfigError, SheepfoldError
 from sheepfold.flower import certs, registry, superlink
-from sheepfold.flower.fold import Fold, stamp, try_lock, write_json
+from sheepfold.flower.fold import Fold, stamp, write_json
 from sheepfold.flower.keeper import Keeper
 from sheepfold.flower.superlink import Unreachable
 from sheepfold.flower.supervise import LEAN, Child, flower_environment, stop_all
+from sheepfold.locks import try_lock
 
 STEP_S = 0.25
 TO_ANSWER_S = 60.0
@@ -37,7 +38,7 @@ class Server:
         self.fold, self.say = fold, say
         self.link = superlink.Superlink(fold, _free_port())
         self.children = _children(self.link, taken)
-        self.keeper = Keeper(fold, say)
+        self.keeper = Keeper(fold, say, self._once)
         self._known: tuple[object, int] | None = None
         self._certificate = stamp(fold.certificate)
         self._started = time.monotonic()

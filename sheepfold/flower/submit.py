@@ -10,9 +10,10 @@ from sheepfold.errors import ConfigError, TrainingError
 from sheepfold.evaluation.benchmarks import after_run
 from sheepfold.flower import jobs
 from sheepfold.flower.events import follow
-from sheepfold.flower.fold import Fold, is_locked
+from sheepfold.flower.fold import Fold
 from sheepfold.flower.registry import nodes
 from sheepfold.journal import check_same, last_folder
+from sheepfold.locks import is_locked
 from sheepfold.network.site import site
 from sheepfold.tracking.base import check_installed
 

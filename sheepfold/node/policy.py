@@ -23,10 +23,10 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError
 
 from sheepfold.config import Experiment, read_yaml
-from sheepfold.errors import ConfigError, PolicyError, suggest
+from sheepfold.errors import ConfigError, PolicyError
 from sheepfold.messages import Assignment
 from sheepfold.rank_choice import Given, parse
-from sheepfold.section import Section
+from sheepfold.section import Section, first_problem
 
 Positive = Annotated[int, Field(gt=0)]
 
@@ -69,11 +69,7 @@ def read_policy(path: Path) -> Policy:
     try:
         return Policy.model_validate(values)
     except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        key = ".".join(map(str, problem["loc"]))
-        if problem["type"] == "extra_forbidden":
-            raise ConfigError(f"{path}: unknown key {key!r}; {suggest(key, Policy.model_fields)}") from None
-        raise ConfigError(f"{path}: {key}: found {problem['input']!r}; {problem['msg'].lower()}") from None
+        raise ConfigError(f"{path}: {first_problem(error, Policy)}") from None
 
 
 def check_policy(policy: Policy, experiment: Experiment, rows: int | None = None) -> None:

@@ -21,10 +21,10 @@ from pydantic import StringConstraints, ValidationError
 from sheepfold.config import read_yaml
 from sheepfold.data.files import kind_of
 from sheepfold.data.sources import NAMED
-from sheepfold.errors import ConfigError, suggest
+from sheepfold.errors import ConfigError
 from sheepfold.local.store import folder_name
 from sheepfold.node.policy import Policy, read_policy
-from sheepfold.section import Section
+from sheepfold.section import Section, first_problem
 
 COMES = {"ca": "the server's owner has it, as ca.crt", "key": "`sheepfold certs FOLDER --node NAME` makes one"}
 """Where files come from"""
@@ -104,7 +104,7 @@ def read_node(path: str | Path) -> NodeSettings:
     try:
         found = NodeSettings.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(f"{path}: {_first_problem(error)}") from None
+        raise ConfigError(f"{path}: {first_problem(error, NodeSettings, EXPECTED)}") from None
     return found.model_copy(update=_placed(found, here))
 
 
@@ -127,21 +127,6 @@ def _is_local(value: str, here: Path) -> bool:
     """Return whether a name means a place on this machine, and not a named set, a hub id or a function."""
     looks = value.startswith(("/", ".", "~")) or kind_of(Path(value)) is not None
     return looks or (":" not in value and value not in ("corpus", *NAMED) and (here / value).exists())
-
-
-def _first_problem(error: ValidationError) -> str:
-    """Return the first thing that is wrong as one line: key, what was found, what was expected."""
-    problem = error.errors(include_url=False)[0]
-    *parents, last = map(str, problem["loc"])
-    key = ".".join((*parents, last))
-    if problem["type"] == "extra_forbidden":
-        known = Policy.model_fields if parents == ["policy"] else NodeSettings.model_fields
-        return f"unknown key {key!r}; {suggest(last, known)}"
-    if problem["type"] == "missing":
-        return f"{key} is missing; {EXPECTED.get(key, 'set it')}"
-    if key in EXPECTED:
-        return f"{key}: found {problem['input']!r}; {EXPECTED[key]}"
-    return f"{key}: found {problem['input']!r}; {problem['msg'][:1].lower()}{problem['msg'][1:]}"
 
 
 EXPECTED = {

@@ -8,7 +8,6 @@ hold rows or places of this machine, goes into its own log.
 """
 
 import contextlib
-import fcntl
 import json
 import re
 import struct
@@ -23,6 +22,7 @@ import torch
 from sheepfold import __version__
 from sheepfold.errors import CheckpointError, PolicyError, SheepfoldError, WireError
 from sheepfold.folders import writing
+from sheepfold.locks import try_lock
 from sheepfold.messages import Absence
 from sheepfold.network.charter import Charter, read_charter
 from sheepfold.network.transport import Kind
@@ -53,12 +53,10 @@ class Worker:
         self._bases = BaseOnce()
         with writing(node.folder):
             node.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = open(node.folder / "lock", "w")  # noqa: SIM115, held for as long as the worker lives
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock.close()
-            raise CheckpointError(f"{node.folder}: another process works in it; stop that one first") from None
+        lock = try_lock(node.folder / "lock")
+        if lock is None:
+            raise CheckpointError(f"{node.folder}: another process works in it; stop that one first")
+        self._lock = lock
         self.ledger = Ledger(node.ledger)
 
     @property

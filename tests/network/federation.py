@@ -64,7 +64,7 @@ class Federation:
     def join(self, name: str, command: Sequence[str] = CLIENT, before: Sequence[str] = ()) -> Process:
         """Start a client's machine; before: words before its command, such as `ip netns exec NAME`."""
         home = self.folder / name
-        self.clients[name] = _started([*before, *command, str(home / "node.yaml")], home, home / "client.log")
+        self.clients[name] = started([*before, *command, str(home / "node.yaml")], home, home / "client.log")
         return self.clients[name]
 
     def there(self, names: Sequence[str] | None = None, wait: float = 120) -> None:
@@ -92,7 +92,7 @@ class Federation:
         """End everything, by force where it must be."""
         own = [run.process for run in self.runs] + [*self.clients.values()]
         for process in [*own, *([self.server.process] if self.server.process else [])]:
-            _end(process)
+            end(process)
         self.clients, self.runs = {}, []
 
     def __enter__(self) -> "Federation":
@@ -109,7 +109,7 @@ class Run:
         self.runs, self.log = folder / "runs", folder / f"run-{time.time_ns()}.log"
         self._before = set(self.runs.glob("*"))
         self._folder: Path | None = None
-        self.process = _started(command, folder, self.log)
+        self.process = started(command, folder, self.log)
 
     @property
     def folder(self) -> Path | None:
@@ -159,7 +159,8 @@ def write_rows(path: Path, rows: Rows) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def _started(words: Sequence[str], folder: Path, log: Path) -> Process:
+def started(words: Sequence[str], folder: Path, log: Path) -> Process:
+    """Start a command in a folder, as the head of a session of its own."""
     with open(log, "ab") as out:
         return subprocess.Popen(
             list(words), cwd=folder, env=environment(PATH=_path()), stdout=out, stderr=out, start_new_session=True
@@ -170,7 +171,8 @@ def _path() -> str:
     return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 
 
-def _end(process: Process) -> None:
+def end(process: Process) -> None:
+    """End a process and all below it, by force where it must be."""
     family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
     process.terminate()
     try:

@@ -7,13 +7,17 @@ import socket
 import ssl
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from sheepfold.flower import certs, jobs, keys, registry
-from sheepfold.flower.fold import is_locked, read_json
+from sheepfold.flower.fold import read_json
+from sheepfold.locks import is_locked
 from tests.network import servers
+from tests.network.federation import CLIENT, Process, end, started, write_rows
 from tests.network.servers import SHEEPFOLD, Server, children_of, environment, is_alive, until
 from tests.runs import experiment
 
@@ -36,6 +40,32 @@ def join(folder: Path, server: Server, name: str) -> "subprocess.Popen[bytes]":
     node = servers.supernode(folder, server.address, *words)
     until(lambda: "SuperNode ID" in node_said(folder), what="the node's joining")
     return node
+
+
+@contextmanager
+def client(home: Path, server: Server, name: str) -> Iterator[Process]:
+    """A client's machine as people start it, from when it is connected: it sees to its SuperNode."""
+    home.mkdir()
+    write_rows(home / "rows.jsonl", [{"instruction": "Say yes.", "output": "Yes."}])
+    key = server.fold.path.parent / "keys" / f"{name}.key"
+    paths = {"ca": str(server.fold.ca), "key": str(key), "data": "rows.jsonl", "folder": "kept"}
+    node = servers.write_node(home / "node.yaml", {"name": name, "server": server.address, **paths})
+    process = started([*CLIENT, str(node)], home, home / "client.log")
+    try:
+        until(lambda: "connected to" in (home / "client.log").read_text(), what="the client's joining")
+        yield process
+    finally:
+        end(process)
+
+
+def calls_again(server: Server, name: str) -> None:
+    """Wait until a client has called since now."""
+
+    def sent() -> int:
+        return int((read_json(server.fold.traffic) or {}).get(name, {}).get("up", 0))
+
+    before = sent()
+    until(lambda: sent() > before, what=f"a call of {name}'s")
 
 
 def answers(server: Server) -> bool:
@@ -93,29 +123,23 @@ def test_a_client_enrolled_while_the_server_runs_may_come_and_one_struck_off_mus
     assert "removed before" in again.stderr
 
 
-def test_processes_that_are_killed_come_back_and_a_node_stays(own_server: Server, tmp_path: Path) -> None:
+def test_processes_that_are_killed_come_back_and_a_client_stays(own_server: Server, tmp_path: Path) -> None:
     server = own_server
-    node = join(tmp_path / "node", server, "lab")
-    try:
+    with client(tmp_path / "lab", server, "lab") as lab:
         for name in ("superlink", "superexec", "proxy"):
             before = server.child(name)
             os.kill(before, signal.SIGKILL)
             until(lambda name=name, before=before: server.child(name) != before, what=f"{name}'s return")  # type: ignore[misc]
             until(lambda: answers(server), what=f"the answer after {name} was killed")
-        seen = read_json(server.fold.traffic) or {}
-        until(lambda: (read_json(server.fold.traffic) or {})["lab"]["up"] > seen["lab"]["up"], what="the node's call")
-        assert node.poll() is None
-    finally:
-        node.terminate()
-        node.wait(20)
+        calls_again(server, "lab")
+        assert lab.poll() is None
 
 
 def test_a_server_that_is_killed_takes_its_processes_along_and_goes_on_where_it_was(
     own_server: Server, tmp_path: Path
 ) -> None:
     server, before = own_server, own_server.address
-    node = join(tmp_path / "node", server, "lab")
-    try:
+    with client(tmp_path / "lab", server, "lab") as lab:
         assert server.process is not None
         children = children_of(server.process.pid, "")
         assert len(children) == 3
@@ -124,11 +148,8 @@ def test_a_server_that_is_killed_takes_its_processes_along_and_goes_on_where_it_
         assert not is_locked(server.fold.lock)
         server.start()
         assert server.address == before
-        until(lambda: node_said(tmp_path / "node").count("Connection successful") >= 1, what="the node's return")
-        assert node.poll() is None
-    finally:
-        node.terminate()
-        node.wait(20)
+        calls_again(server, "lab")
+        assert lab.poll() is None
 
 
 def test_a_server_ends_in_good_order(own_server: Server) -> None:

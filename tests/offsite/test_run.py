@@ -89,7 +89,7 @@ REFUSED = [
     ({"offsite.evaluate": []}, "offsite.evaluate"),
     ({"offsite.drop_ratio": 0.0, "offsite.align": {"data": {"source": "corpus"}}}, "align has no effect with drop_ra"),
     ({"offsite.align": {"data": {"source": "corpus"}, "kd_weight": 0, "lm_weight": 0}}, "leave nothing to learn"),
-    ({"offsite.align": {"steps": 3}}, "offsite.align.data: found"),
+    ({"offsite.align": {"steps": 3}}, "offsite.align.data is missing"),
     ({"offsite.emul_l": 3}, "unknown key 'offsite.emul_l'; did you mean 'emu_l'"),
 ]
 

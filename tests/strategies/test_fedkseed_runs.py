@@ -1,7 +1,6 @@
 """Whole runs of FedKSeed: what they leave behind, how they resume, what they foresee, and what they refuse."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -21,8 +20,7 @@ SEEDS_ALONE = {"adapter": {"method": "seeds", "options": {"candidates": 64}}, "f
 
 @pytest.fixture(autouse=True, scope="module")
 def _quick():
-    with small.one_thread(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda _: None)
+    with small.quick():
         yield
 
 
