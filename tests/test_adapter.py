@@ -13,6 +13,7 @@ from sheepfold.adapter import (
     Average,
     LoraPair,
     SparseDelta,
+    all_finite,
     combined,
     from_delta,
     from_tensors,
@@ -192,6 +193,14 @@ def test_moving_dtype_leaves_integers_alone_and_finite_means_every_number():
     assert adapter.is_finite()
     for broken in (torch.inf, torch.nan):
         assert not Adapter({"q": LoraPair(torch.full((1, 3), broken), torch.ones(2, 1), 1.0)}).is_finite()
+
+
+def test_finite_numbers_may_have_a_sum_that_is_not_and_broken_ones_may_cancel():
+    assert all_finite([torch.full((9,), 3e38), torch.tensor([7]), torch.empty(0, 4)])
+    assert all_finite([])
+    inf = torch.tensor([torch.inf, 1.0])
+    assert not all_finite([inf, -inf])
+    assert not all_finite([torch.ones(3), torch.full((9,), 3e38), torch.tensor([torch.nan], dtype=torch.bfloat16)])
 
 
 def pair_of(rank, scale=2.0):

@@ -85,6 +85,20 @@ class TokenRows:
             return ids, ids.clone()
         return ids, torch.where(torch.from_numpy(self.is_target[start:end].astype(bool)), ids, IGNORED)
 
+    def joined(self, rows: "Sequence[int] | np.ndarray") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return these rows' ids and labels end to end, both (tokens,) int64, and their lengths, (rows,) int64.
+
+        What `row` gives for one after the other, in one go: labels are IGNORED where nothing is learned.
+        """
+        numbers = np.asarray(rows, dtype=np.int64)
+        starts = self.offsets[numbers]
+        lengths = self.offsets[numbers + 1] - starts
+        before = np.cumsum(lengths) - lengths
+        at = np.arange(lengths.sum()) + np.repeat(starts - before, lengths)
+        ids = self.ids[at].astype(np.int64)
+        labels = ids.copy() if self.train_on_inputs else np.where(self.is_target[at].astype(bool), ids, IGNORED)
+        return ids, labels, lengths
+
     def prompt(self, index: int) -> "Tensor":
         """Return the ids that generation of this row's answer starts from, (tokens,) int64."""
         import torch

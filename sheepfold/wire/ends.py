@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from torch import Size, Tensor
 
-from sheepfold.adapter import Adapter, kind
+from sheepfold.adapter import Adapter
 from sheepfold.config import Experiment
 from sheepfold.errors import ConfigError, WireError
 from sheepfold.local.store import ClientStore
@@ -121,6 +121,7 @@ def ranks_sent(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     sides = {"A": 0, "B": 1, "core": 0}
     found = {}
     for name, t in tensors.items():
-        if name.startswith(ADAPTER) and kind(name) in sides and t.dim() == 2:
-            found[name.removeprefix(ADAPTER).rpartition("/")[0]] = int(t.shape[sides[kind(name)]])
+        path, _, of = name.rpartition("/")
+        if of in sides and name.startswith(ADAPTER) and t.dim() == 2:
+            found[path.removeprefix(ADAPTER)] = int(t.shape[sides[of]])
     return found
