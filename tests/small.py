@@ -2,7 +2,7 @@
 
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from sheepfold.adapter import Adapter, LoraPair, SparseDelta
 from sheepfold.config import AdapterSettings, TrainSettings
@@ -42,12 +44,16 @@ _GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": VOCABULARY, "bos
 _OPT = {k: v for k, v in _SHAPE.items() if k not in ("intermediate_size", "num_key_value_heads")} | {
     "ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": 64,
 }  # fmt: skip
+_LAYERS = ["sliding_attention", "full_attention"]
+_GEMMA = _SHAPE | {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 8}
 FAMILIES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "llama": ("LlamaForCausalLM", _SHAPE, ("q_proj", "v_proj", "down_proj")),
     "qwen2": ("Qwen2ForCausalLM", _SHAPE, ("q_proj", "v_proj")),
     "qwen3": ("Qwen3ForCausalLM", _SHAPE | {"head_dim": 8}, ("q_proj", "v_proj")),
     "mistral": ("MistralForCausalLM", _SHAPE | {"sliding_window": 8}, ("q_proj", "v_proj")),
     "gemma": ("GemmaForCausalLM", _SHAPE | {"head_dim": 8}, ("q_proj", "v_proj")),
+    "gemma2": ("Gemma2ForCausalLM", _GEMMA | {"attn_implementation": "eager"}, ("q_proj", "v_proj")),
+    "gemma3": ("Gemma3ForCausalLM", _GEMMA | {"layer_types": _LAYERS}, ("q_proj", "v_proj")),
     "gpt2": ("GPT2LMHeadModel", _GPT2, ("c_attn", "c_proj")),
     "opt": ("OPTForCausalLM", _OPT, ("q_proj", "v_proj")),
     "phi": ("PhiForCausalLM", _SHAPE, ("q_proj", "v_proj")),
@@ -61,9 +67,33 @@ def model(dtype: torch.dtype = torch.float64, family: str = "llama", **config: A
 
     cls = getattr(transformers, FAMILIES[family][0])
     torch.manual_seed(0)
-    made = cls(cls.config_class(**(FAMILIES[family][1] | config), attn_implementation="sdpa"))
+    made = cls(cls.config_class(**({"attn_implementation": "sdpa"} | FAMILIES[family][1] | config)))
     silence_dropout(made)
     return made.to(dtype).requires_grad_(False).eval()
+
+
+class Whole(TorchFunctionMode):
+    """Let nothing of float64 become float32 on the way.
+
+    Families write softmax and norms in float32, which leaves 1e-8, and of a padded position under a sliding window, all
+    of whose scores are the least float64, makes NaN.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        told = dict(kwargs or {})
+        if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
+            narrows = torch.float32 in (told.get("dtype"), *(a for a in args[1:] if isinstance(a, torch.dtype)))
+            if func is Tensor.float or (func is Tensor.to and narrows):
+                return args[0]
+            if narrows:
+                told["dtype"] = torch.float64
+        return func(*args, **told)
 
 
 def tokens(rows: int = sum(CLIENTS.values()), seed: int = 0, shortest: int = 5, longest: int = 40) -> TokenRows:
@@ -146,12 +176,13 @@ def quick() -> Iterator[None]:
         yield
 
 
-def saved(folder: Path, family: str = "llama") -> Path:
+def saved(folder: Path, family: str = "llama", **config: Any) -> Path:
     """Write a small base with the built-in one's tokenizer, for whole runs in no time; return its folder."""
     from transformers import AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(BUILTIN)
-    model(torch.float32, family, vocab_size=len(tokenizer), initializer_range=0.2).save_pretrained(folder)
+    config = {"vocab_size": len(tokenizer), "initializer_range": 0.2} | config
+    model(torch.float32, family, **config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -77,7 +77,8 @@ def test_dolly_trains_and_its_exports_are_the_evaluated_model(lab, tmp_path):
 
 def _logits_of_the_engine(parts, adapter, ids: torch.Tensor) -> torch.Tensor:
     """Return the logits that held-out loss and generation come from."""
-    from sheepfold.engines.injection import Selection, stacked
+    from sheepfold.engines.injection import Selection
+    from sheepfold.engines.stack import stacked
 
     engine = parts.engine
     stack = stacked([adapter], engine.device, grad=False)

@@ -12,7 +12,8 @@ import torch
 
 from sheepfold.adapter import Adapter, LoraPair
 from sheepfold.answering.source import BASE, Source
-from sheepfold.engines.injection import CohortModel, Selection, Stack, stacked
+from sheepfold.engines.injection import CohortModel, Selection
+from sheepfold.engines.stack import Stack, stacked
 from sheepfold.errors import AdapterMismatch, CheckpointError, ModelError
 from sheepfold.loading import quiet
 from sheepfold.models import Base, load_base
@@ -36,15 +37,12 @@ class Carrier(Protocol):
         """Give the base back as it was."""
 
 
-def carrier(source: Source, base: Base, bits: int | None = None) -> Carrier:
-    """Return what carries the source's adapters; bits: to how many a model of its own is quantised.
-
-    Raises ModelError or AdapterMismatch where they are not the base's.
-    """
+def carrier(source: Source, base: Base) -> Carrier:
+    """Return what carries the source's adapters. Raises ModelError or AdapterMismatch where they are not the base's."""
     if source.names == (BASE,):
         return Bare(base)
     if source.is_full:
-        return Whole(source, base, bits)
+        return Whole(source, base)
     if source.is_lora(source.default) and not _adapts_head(source.adapter(source.default), base):
         return Lora(source, base)
     return Peft(source, base)
@@ -177,8 +175,8 @@ class Whole:
 
     mixes = False
 
-    def __init__(self, source: Source, base: Base, bits: int | None = None) -> None:
-        self.source, self.base, self.bits = source, base, bits
+    def __init__(self, source: Source, base: Base) -> None:
+        self.source, self.base = source, base
         self._name = BASE
         self._model: Any = base.model
 
@@ -193,7 +191,7 @@ class Whole:
             _check_folder(self.source, folder)
             settings = self.source.model.model_copy(update={"base": str(folder), "revision": None})
             self._name, self._model = BASE, self.base.model  # never three in memory
-            self._model = load_base(settings, str(self.base.device), self.base.tokenizer, self.bits).model
+            self._model = load_base(settings, str(self.base.device), self.base.tokenizer, self.base.bits or 0).model
             self._name = name
         yield self._model
 

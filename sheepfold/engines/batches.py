@@ -2,13 +2,14 @@
 
 Rows of all clients are sorted by length together, so a short row never waits for another client's long one. Each row
 keeps the number of its client, and each target token its client's weight, so the cut changes no result: a step's loss
-is the token mean over all rows of the step, for each client.
+is the token mean over all rows of the step, for each client. On a GPU rows are packed instead (packing.py).
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,7 +17,41 @@ from sheepfold.data.rows import IGNORED, TokenRows
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class Tensors:
+    """Values whose tensors go to a device together."""
+
+    def to(self, device: str | torch.device) -> Self:
+        """Return it on a device; from pinned memory the copy runs beside whatever the device does."""
+        return self._each(lambda t: t.to(device, non_blocking=True))
+
+    def pinned(self) -> Self:
+        """Return it in memory from which a GPU copies by itself."""
+        return self._each(lambda t: t.pin_memory())
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved: dict[str, Any] = {n: change(v) for n, v in values.items() if isinstance(v, Tensor)}
+        moved |= {n: v._each(change) for n, v in values.items() if isinstance(v, Tensors)}
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True, slots=True)
+class Pack(Tensors):
+    """How rows lie end to end in (1, tokens); see packing.py."""
+
+    starts: Tensor
+    """(rows + 1,) int32: where each row begins, and the end"""
+    positions: Tensor
+    """(1, tokens) int64: each token's place in its row"""
+    row: Tensor
+    """(tokens,) int64: each token's row"""
+    longest: int
+    tokens_of: list[int]
+    """Tokens of each client, by number, as far as the last that has some"""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch(Tensors):
     """Rows that go through the base together, right-padded; causal attention needs no mask for padding on the right."""
 
     ids: Tensor
@@ -33,11 +68,8 @@ class Batch:
     """(rows,) int64: each row's place in its group's step"""
     useful_tokens: int
 
-    def to(self, device: str | torch.device) -> "Batch":
-        """Return the batch on a device."""
-        names = [f.name for f in fields(self) if f.name != "useful_tokens"]
-        moved: dict[str, Any] = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
-        return replace(self, **moved)
+    pack: Pack | None = None
+    """Where rows lie end to end, how"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,22 +108,38 @@ def batches(
 
 def next_tokens(tokens: TokenRows, rows: Sequence[Row]) -> Batch:
     """Return the rows as one right-padded batch whose targets are the next tokens."""
-    pairs = [tokens.row(row.number) for row in rows]
-    longest = max(len(ids) for ids, _ in pairs)
-    ids = torch.zeros(len(rows), longest, dtype=torch.int64)
-    labels = torch.full((len(rows), longest), IGNORED)
-    for i, (row_ids, row_labels) in enumerate(pairs):
-        ids[i, : len(row_ids)] = row_ids
-        labels[i, : len(row_ids) - 1] = row_labels[1:]  # the hidden state at t predicts the token at t + 1
-    flat = labels.view(-1)
-    position = torch.nonzero(flat != IGNORED).view(-1)
-    group = torch.tensor([row.group for row in rows])
+    joined = tokens.joined([row.number for row in rows])
+    ids, _, lengths = joined
+    longest = int(lengths.max())
+    padded = np.zeros((len(rows), longest), dtype=np.int64)
+    padded[np.arange(longest) < lengths[:, None]] = ids
+    before = np.arange(len(rows)) * longest - (np.cumsum(lengths) - lengths)
+    return batch_of(rows, padded, joined, np.arange(len(ids)) + np.repeat(before, lengths))
+
+
+def batch_of(
+    rows: Sequence[Row],
+    ids: np.ndarray,
+    joined: tuple[np.ndarray, np.ndarray, np.ndarray],
+    place: np.ndarray,
+    pack: Pack | None = None,
+) -> Batch:
+    """Return the batch of rows that lie as `ids` has them, and whose targets are the next tokens.
+
+    joined: the rows' ids, labels and lengths end to end; place: where in the flattened `ids` each of those tokens is.
+    """
+    _, labels, lengths = joined
+    follows = np.append(labels[1:], IGNORED)  # the hidden state at t predicts the token at t + 1
+    follows[np.cumsum(lengths) - 1] = IGNORED  # of this row
+    learned = np.flatnonzero(follows != IGNORED)
+    group = np.array([row.group for row in rows], dtype=np.int64)
     return Batch(
-        ids=ids,
-        group=group,
-        position=position,
-        target=flat[position],
-        target_group=group[position // longest],
+        ids=torch.from_numpy(ids),
+        group=torch.from_numpy(group),
+        position=torch.from_numpy(place[learned]),
+        target=torch.from_numpy(follows[learned]),
+        target_group=torch.from_numpy(np.repeat(group, lengths)[learned]),
         place=torch.tensor([row.place for row in rows]),
-        useful_tokens=sum(len(row_ids) for row_ids, _ in pairs),
+        useful_tokens=len(labels),
+        pack=pack,
     )

@@ -4,6 +4,7 @@ It cuts a cohort into passes of as many clients as memory allows (cohort_pass.py
 generates with any number of adapters at once.
 """
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,11 @@ from sheepfold.data.rows import TokenRows
 from sheepfold.engines.batches import Row, batches
 from sheepfold.engines.cohort_pass import Pass
 from sheepfold.engines.common import Local, LocalEngine, Work
-from sheepfold.engines.injection import CohortModel, Selection, stacked
+from sheepfold.engines.compiling import Compiled
+from sheepfold.engines.injection import CohortModel, Selection
+from sheepfold.engines.packing import may_pack
+from sheepfold.engines.stack import stacked
+from sheepfold.errors import ModelError
 from sheepfold.local.rules import LocalRule
 from sheepfold.metrics import Mean, Score
 from sheepfold.state import BatchPlan
@@ -24,6 +29,8 @@ from sheepfold.state import BatchPlan
 
 class CohortEngine(LocalEngine):
     """Trains and evaluates LoRA adapters on one frozen base, many at a time."""
+
+    cuts_by_tokens = True
 
     def __init__(
         self,
@@ -47,13 +54,29 @@ class CohortEngine(LocalEngine):
         self.dropout = adapter.dropout
         first = next(cohort.model.parameters())
         self.device, self.dtype, self.half = first.device, first.dtype, first.dtype == torch.float16
+        self.packs = self._packs(train.packing)
+        self.compiled = Compiled(cohort.model) if train.compile else None
+
+    def _packs(self, wanted: bool | None) -> bool:
+        """Return whether training packs its rows. Raises ModelError where it is to, and the base's family cannot."""
+        fast = self.device.type == "cuda" and self.dtype == torch.bfloat16  # where kernels take packed rows
+        if wanted is False or (wanted is None and not fast):
+            return False
+        may = not self.task.labels and not self.cohort.whole and may_pack(self.cohort.model)
+        if wanted and not may:
+            raise ModelError(
+                f"train.packing: rows of {type(self.cohort.model).__name__} cannot be packed: they would see each "
+                "other, or be read whole; leave it null"
+            )
+        return may
 
     def train_pass(self, clients: Sequence[Local], rule: LocalRule | None) -> None:
         """Take these clients through their round, together."""
-        Pass(self, clients, rule).run()
+        with self.compiled.on() if self.compiled else contextlib.nullcontext():
+            Pass(self, clients, rule).run()
 
     @torch.no_grad()
-    def scores(self, adapters: Sequence[Adapter], work: Work, rows: int) -> list[Score]:
+    def _scores(self, adapters: Sequence[Adapter], work: Work, rows: int) -> list[Score]:
         """Return what adapters[a] come to on the given rows, for each (a, row numbers) of the work; all together."""
         stack = stacked(adapters, self.device, grad=False, whole=self.cohort.whole)
         flat = [Row(int(n), group) for group, (_, numbers) in enumerate(work) for n in numbers]

@@ -6,9 +6,9 @@ clipped by its own norm, and one element-wise optimizer steps the stacked (K, nu
 leave early: the pass is sorted by steps, so the active ones are always the first k.
 """
 
-import time
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,9 +16,14 @@ import torch
 from torch import Tensor
 
 from sheepfold.engines.batches import Batch, Row, batches
+from sheepfold.engines.clock import Clock
 from sheepfold.engines.common import FIRST_LOSS_SCALE, Local
 from sheepfold.engines.dropout import RowKeys
-from sheepfold.engines.injection import Selection, Stack, chains, stacked
+from sheepfold.engines.injection import Selection
+from sheepfold.engines.owners import Owners, Packed, Rows, summed
+from sheepfold.engines.packing import attention, packs
+from sheepfold.engines.prefetch import ahead, depth
+from sheepfold.engines.stack import Stack, chains, stacked
 from sheepfold.errors import TrainingError
 from sheepfold.local import optimizers
 from sheepfold.local.rules import Factors, LocalRule
@@ -40,22 +45,6 @@ class _Sums:
     rows: list[np.ndarray]
 
 
-@dataclass(slots=True)
-class _Clock:
-    """Seconds by stage."""
-
-    seconds: dict[str, float] = field(
-        default_factory=lambda: dict.fromkeys(("data", "forward", "backward", "step"), 0.0)
-    )
-    last: float = field(default_factory=time.perf_counter)
-
-    def lap(self, stage: str) -> None:
-        """Count the time since the last lap as this stage's."""
-        now = time.perf_counter()
-        self.seconds[stage] += now - self.last
-        self.last = now
-
-
 class Pass:
     """K clients through one round's local training, most steps first."""
 
@@ -63,7 +52,7 @@ class Pass:
         self.engine = engine
         self.everyone = self.clients = list(clients)
         self.rule = rule or LocalRule()
-        self.clock = _Clock()
+        self.clock = Clock(engine.device)
         first = clients[0].assignment
         for other in (c.assignment for c in clients):
             apart = other.side is not first.side and (other.side.pairs or first.side.pairs)
@@ -75,6 +64,7 @@ class Pass:
         self.side = chains(first.side, engine.device, engine.dtype)
         starts, whole = [c.start for c in clients], engine.cohort.whole
         self.stack = stacked(starts, engine.device, grad=True, frozen=first.frozen, whole=whole)
+        self.packs = engine.packs and not starts[0].sparse  # a sparse change is as wide as its weight, client by client
         self.anchor = self._anchor() if self.rule.penalty else None
         self.correction = self._correction() if self.rule.correction else None
         self.gradients = torch.zeros_like(self.stack.flat) if self.rule.mean_gradient else None
@@ -93,7 +83,7 @@ class Pass:
         finally:
             model.eval()
         self._leave(0)
-        share = {stage: s / len(self.everyone) for stage, s in self.clock.seconds.items()}
+        share = {stage: s / len(self.everyone) for stage, s in self.clock.seconds().items()}
         for client in self.everyone:
             client.seconds = share
 
@@ -115,7 +105,8 @@ class Pass:
             client = self.clients[k]
             client.adapter = self.stack.adapter(k)
             if self.gradients is not None:
-                client.mean_gradient = self.stack.unpacked(self.gradients / max(1, client.good_steps), k)
+                self.gradients[k] /= max(1, client.good_steps)
+                client.mean_gradient = self.stack.unpacked(self.gradients, k)
         self.clients = self.clients[:active]
         if not active:
             return
@@ -125,24 +116,26 @@ class Pass:
         self.stack, self.optimizer = smaller, optimizer
         self.anchor = self.anchor.first(active, grad=False) if self.anchor else None
         self.correction = None if self.correction is None else self.correction[:active]
-        self.gradients = None if self.gradients is None else self.gradients[:active].clone()
+        self.gradients = None if self.gradients is None else self.gradients[:active]
 
     def _step(self, step: int) -> None:
         sums, norms = self._gradients(step)
-        good = torch.isfinite(norms) & torch.isfinite(sums.loss)
+        losses, sizes = torch.stack(
+            [sums.loss, norms.double()]
+        ).tolist()  # the one time in a step that a GPU is waited for
+        taken = [math.isfinite(loss) and math.isfinite(size) for loss, size in zip(losses, sizes, strict=True)]
+        good, every = torch.tensor(taken, device=self.engine.device), all(taken)
         bound = self.engine.settings.grad_norm
         grad = self._grad()
         if bound is not None:
             grad.mul_((bound / (norms + 1e-6)).clamp(max=1.0)[:, None].to(grad.dtype))
         if self.gradients is not None:
-            self.gradients[good] += grad[good]
+            self.gradients.add_(grad if every else grad.where(good[:, None], 0))
         if self.correction is not None:
             grad.add_(self.correction)
-        every = bool(good.all())
         with optimizers.keeping(self.optimizer, [self.stack.flat], None if every else [~good]):
             self._optimize(step)
         grad.zero_()
-        losses, taken = sums.loss.tolist(), good.tolist()
         for k, client in enumerate(self.clients):
             lengths = [self.engine.tokens.length(n) for n in sums.rows[k]]
             client.count(losses[k], int(sums.targets[k]), lengths, good=taken[k])
@@ -183,23 +176,31 @@ class Pass:
         targets = np.array([engine.targets[numbers].sum() for numbers in rows])
         flat = [Row(int(n), k, place) for k, numbers in enumerate(rows) for place, n in enumerate(numbers)]
         loss = torch.zeros(len(rows), dtype=torch.float64, device=engine.device)
-        per_token = torch.from_numpy(1.0 / np.maximum(targets, 1)).to(engine.device)
+        per_token = torch.from_numpy(1.0 / np.maximum(targets, 1)).to(engine.device, non_blocking=True)
         seeds = self._dropout_seeds(step)
         plan = engine.plan
-        limits = {"max_rows": plan.micro_rows * len(rows), "max_tokens": plan.micro_tokens}
-        for cpu_batch in batches(engine.tokens, flat, **limits, collate=engine.task.collate):
+        bounded = not self.packs or engine.settings.micro_rows is not None
+        limits = {"max_rows": plan.micro_rows * len(rows) if bounded else len(flat), "max_tokens": plan.micro_tokens}
+        if self.packs:
+            made = packs(engine.tokens, flat, **limits)
+        else:
+            made = batches(engine.tokens, flat, **limits, collate=engine.task.collate)
+        if engine.device.type == "cuda":
+            made = (batch.pinned() for batch in made)
+        for cpu_batch in ahead(made, depth(engine.device)):
             batch = cpu_batch.to(engine.device)
             self.clock.lap("data")
-            with engine.cohort.using(self._selection(batch, seeds)):
+            with engine.cohort.using(self._selection(batch, seeds)), attention(engine.cohort.model, batch.pack):
                 losses = engine.head.of(batch)
                 weighted = losses * per_token[batch.target_group].to(losses.dtype)
-                loss.index_add_(0, batch.target_group, weighted.detach().double())
+                loss += summed(weighted.detach().double(), batch.target_group, len(rows))
                 self.clock.lap("forward")
                 if len(losses):  # a sum over clients keeps each gradient its own
                     torch.autograd.backward(weighted.sum() * self.loss_scale)
                 self.clock.lap("backward")
         self._penalise()
-        loss[torch.from_numpy(targets == 0)] = torch.nan  # a mean over nothing
+        if not targets.all():
+            loss[torch.from_numpy(targets == 0).to(loss.device)] = torch.nan  # a mean over nothing
         return _Sums(loss, targets, rows)
 
     def _dropout_seeds(self, step: int) -> Tensor | None:
@@ -207,13 +208,19 @@ class Pass:
         if not self.engine.dropout:
             return None
         addresses = [("dropout", c.assignment.round, c.assignment.client, step) for c in self.clients]
-        return torch.tensor([derive(self.engine.seed, *address) for address in addresses], device=self.engine.device)
+        seeds = [derive(self.engine.seed, *address) for address in addresses]
+        return torch.tensor(seeds).to(self.engine.device, non_blocking=True)
 
     def _selection(self, batch: Batch, seeds: Tensor | None) -> Selection:
-        if seeds is None:
-            return Selection(self.stack, batch.group, side=self.side)
-        keys = seeds[batch.group] + batch.place * 0x9E3779B9
-        return Selection(self.stack, batch.group, self.engine.dropout, RowKeys(keys), self.side)
+        owners: Owners = Rows(batch.group)
+        if batch.pack is not None:
+            of = batch.pack.tokens_of
+            owners = Packed(of + [0] * (len(self.clients) - len(of)), self.engine.device)
+        selection = Selection(self.stack, batch.group, owners, side=self.side)
+        if seeds is not None:
+            selection.dropout = self.engine.dropout
+            selection.keys = RowKeys(seeds[batch.group] + batch.place * 0x9E3779B9, batch.pack)
+        return selection
 
     def _penalise(self) -> None:
         """Add the gradient of the local rule's penalty."""
@@ -241,7 +248,7 @@ class Pass:
             return
         before = flat.clone()
         self.optimizer.step()
-        ratio = torch.tensor([rate / highest for rate in rates], dtype=flat.dtype, device=flat.device)
+        ratio = torch.tensor([rate / highest for rate in rates], dtype=flat.dtype).to(flat.device, non_blocking=True)
         flat.copy_(torch.lerp(before, flat, ratio[:, None]))
 
     def _grad(self) -> Tensor:

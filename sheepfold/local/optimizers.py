@@ -103,6 +103,22 @@ def keeping(
                 v[rows] = old_moments.get(key, torch.zeros_like(v[rows]))
 
 
+@contextmanager
+def standing_still(optimizer: torch.optim.Optimizer, params: Sequence[Tensor]) -> Iterator[None]:
+    """Leave all parameters and moments as they are through a step: `keeping`, where there is one client."""
+    for p in params:
+        assert p.grad is not None
+        p.grad = torch.zeros_like(p.grad)  # not a number times zero would stay
+    before = [p.detach().clone() for p in params]
+    moments = [{key: v.clone() for key, v in moments_of(optimizer, p).items()} for p in params]
+    yield
+    with torch.no_grad():
+        for p, old, old_moments in zip(params, before, moments, strict=True):
+            p.copy_(old)
+            for key, v in moments_of(optimizer, p).items():
+                v.copy_(old_moments.get(key, torch.zeros_like(v)))
+
+
 def moments_of(optimizer: torch.optim.Optimizer, param: Tensor) -> dict[str, Tensor]:
     """Return the optimizer's state that has the parameter's own shape: one number for each number."""
     state = optimizer.state.get(param, {})
@@ -115,4 +131,13 @@ def narrowed(old: torch.optim.Optimizer, param: Tensor, new: torch.optim.Optimiz
         return
     k = kept.shape[0]
     own = moments_of(old, param)
-    new.state[kept] = {key: v[:k].clone() if key in own else v for key, v in old.state[param].items()}
+    new.state[kept] = {key: v[:k] if key in own else v for key, v in old.state[param].items()}
+
+
+def moments(train: TrainSettings) -> int:
+    """Return how many numbers the run's optimizer keeps for each number that trains: two for Adam, none for SGD."""
+    param = torch.zeros(2, 2)
+    param.grad = torch.zeros(2, 2)
+    optimizer = build(train, elementwise=False)([param], train.lr)
+    optimizer.step()
+    return len(moments_of(optimizer, param))

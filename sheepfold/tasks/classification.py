@@ -168,7 +168,7 @@ class Classification:
         return Predicted(widened(out.logits), batch.target, batch.lengths, tuple(out.attentions) if attentions else ())
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LabelledBatch(Batch):
     """Rows that go through an encoder together; their labels are the targets, one a row."""
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from sheepfold.adapter import Adapter, LoraPair, from_delta, kind
 from sheepfold.config import TrainSettings
 from sheepfold.engines.cohort_pass import Pass
-from sheepfold.engines.injection import chains, stacked
+from sheepfold.engines.stack import chains, stacked
 from sheepfold.errors import AdapterMismatch
 from sheepfold.local.rules import Factors, LocalRule, Trained, each_tensor, proximal, together
 from sheepfold.messages import Assignment, Update
