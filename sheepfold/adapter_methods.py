@@ -20,6 +20,9 @@ RANKED = ("lora", "dora")
 """Methods that adapter.rank, alpha, dropout and targets are for."""
 SEEDS = "seeds"
 """All weights, as sums of random directions: no method of PEFT's."""
+OVER_QUANTISED = ("lora", "dora", "ia3", "vera", "pvera", "randlora", "road", "oft", "ln_tuning", *SOFT)
+"""Methods that leave a base's weights alone, or that PEFT writes for quantised ones: others would take codes for
+weights, some of them in silence (HRA over 8 bits)."""
 WHOLE = ("full", SEEDS)
 """Methods whose result is a whole model."""
 MOST_CANDIDATES = 1_000_000

@@ -27,6 +27,7 @@ def asked(experiment: "Experiment") -> dict[str, Table]:
     rows = [
         ("strategy", _named(_words(federation.strategy), federation.strategy_args)),
         ("weights in the fold", _weights(experiment)),
+        *([("base", f"quantised to {bits} bits while clients trained")] if (bits := experiment.model.bits) else []),
         ("adapter", _lora(experiment)),
         ("targets", _words(adapter.targets)),
         *([("offsite-tuning", _offsite(experiment.offsite))] if experiment.offsite else []),

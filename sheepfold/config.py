@@ -36,6 +36,9 @@ class ModelSettings(Section):
     """Hub id or folder of the tokenizer, where it is not beside the weights."""
     dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the frozen weights; auto: float32 on a CPU, bfloat16 where the device has it, else float16."""
+    bits: Literal[8, 4] | None = None
+    """Quantise the base's linear layers with bitsandbytes as they are read: to 8 bits (as LLM.int8() keeps them) or 4
+    (NF4, as QLoRA); needs sheepfold[quant]. null: as they are."""
     attention: Literal["auto", "sdpa", "eager"] = "auto"
     """Attention implementation, as transformers names it; auto: sdpa, or eager for families without it."""
     head: Literal["auto", "new"] = "auto"
@@ -229,8 +232,22 @@ class TrainSettings(Section):
     scalar, by default none."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
+    packing: bool | None = None
+    """cohort: rows end to end without padding, each attending to itself; null: on a GPU in bfloat16, for families whose
+    rows come out the same in a trial; true: anywhere, though on a CPU padding rows of like length is faster."""
+    compile: bool = False
+    """cohort: compile the base's blocks with torch.compile: for long runs, since the first steps take a minute."""
     clients_per_pass: Positive | None = None
     """cohort: how many clients share a pass; default: as many as memory allows."""
+    batch_devices: tuple[str, ...] = ()
+    """peft_model: devices of this process that share each client's batch, such as [cuda:0, cuda:1]; each has a replica
+    of the model. `device` is the first of them."""
+    sharding: Literal["none", "fsdp", "deepspeed"] = "none"
+    """peft_model, under torchrun: all processes train one client together, each with its share of the model (fsdp:
+    torch's FSDP2; deepspeed: ZeRO) and of every step's rows. See docs/engines.md."""
+    sharding_args: Mapping[str, Any] = Field(default_factory=dict)
+    """deepspeed: {stage: 1, 2 or 3 (default), offload_optimizer: cpu, offload_param: cpu}, or {config: a file of
+    DeepSpeed's own options}."""
     local_rule: str | None = None
     """A further penalty on every client's loss: proximal, or module:rule (see docs/extending.md)."""
     local_rule_args: Mapping[str, Any] = Field(default_factory=dict)
@@ -249,9 +266,28 @@ class TrainSettings(Section):
             raise ValueError(f"halve_after {self.halve_after} has no effect without round_schedule halve")
         if self.local_rule_args and self.local_rule is None:
             raise ValueError("local_rule_args has no effect without local_rule; set local_rule, such as proximal")
+        for key in ("packing", "compile"):
+            if getattr(self, key) and self.engine not in ("auto", "cohort"):
+                raise ValueError(f"{key} has no effect in engine {self.engine}; remove it")
+        if problem := self._over_devices():
+            raise ValueError(problem)
         if self.steps is not None and self.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps {self.warmup_steps} must be less than steps {self.steps}")
         return self
+
+    def _over_devices(self) -> str | None:
+        """Return what is wrong with how a client is spread over devices; None where nothing is."""
+        asked = {"batch_devices": bool(self.batch_devices), f"sharding {self.sharding}": self.sharding != "none"}
+        named = [name for name, is_asked in asked.items() if is_asked]
+        if len(named) == 2:
+            return f"{' and '.join(named)} are both set; keep one way to spread a client over devices"
+        if named and self.engine not in ("auto", "peft_model"):
+            return f"{named[0]} has no effect in engine {self.engine}; set engine to peft_model"
+        if len(self.batch_devices) == 1:
+            return f"batch_devices has {self.batch_devices[0]} alone; name two or more, or set `device` instead"
+        if self.sharding_args and self.sharding != "deepspeed":
+            return f"sharding_args has no effect with sharding {self.sharding}; remove it"
+        return None
 
 
 class WireSettings(Section):
@@ -489,17 +525,39 @@ class Experiment(Section):
                 f"train.gradient_checkpointing with adapter.method {self.adapter.method!r}: checkpointing drops the "
                 "attention cache, which holds the prefix; set it to false, or take p-tuning or prompt"
             )
-        if problem := offsite_settings.problem(self):
+        if problem := offsite_settings.problem(self) or self._over_quantised_weights():
             raise ValueError(problem)
         if self.adapter.start and self.adapter.method != "lora":
             raise ValueError(f"adapter.start has no effect with adapter.method {self.adapter.method!r}; remove it")
         if self.train.clients_per_pass and engine != "cohort":
             raise ValueError(f"train.clients_per_pass has no effect in train.engine {engine}; remove it")
+        if self.train.batch_devices and self.device not in ("auto", self.train.batch_devices[0]):
+            raise ValueError(
+                f"device {self.device!r} is not the first of train.batch_devices ({self.train.batch_devices[0]}); "
+                "leave it auto"
+            )
         if self.stop.key and self.evaluation.every == 0:
             raise ValueError("stop.key needs evaluations during the run; set evaluation.every to 1 or more")
         if any(c in self.name for c in "/\\\0") or self.name in ("", ".", ".."):
             raise ValueError(f"name {self.name!r} must be a plain folder name")
         return self
+
+    def _over_quantised_weights(self) -> str | None:
+        """Return what cannot be done over quantised weights; None where all can."""
+        bits, method = self.model.bits, self.adapter.method
+        if bits and method in adapter_methods.WHOLE:
+            return (
+                f"model.bits {bits} with adapter.method {method!r}: it trains the weights themselves, and quantised "
+                "ones stay as they are; take lora, or remove model.bits"
+            )
+        if bits and method not in adapter_methods.OVER_QUANTISED:
+            known = ", ".join(adapter_methods.OVER_QUANTISED)
+            return f"model.bits {bits} with adapter.method {method!r}: it needs whole weights; these do not: {known}"
+        if bits and self.offsite is not None:
+            return f"model.bits {bits} with offsite: an emulator is made of whole weights; remove one of them"
+        if bits and self.model.dtype == "float64":
+            return f"model.bits {bits} with model.dtype float64: quantised weights are no more exact than float32"
+        return None
 
     def _without_effect(self) -> str | None:
         """Return what to say of an option that the task has no use for; None where there is none."""
@@ -514,6 +572,7 @@ class Experiment(Section):
             "data.template": data.template != "auto",
             "data.system": data.system is not None,
             "data.train_on_inputs": data.train_on_inputs,
+            "train.packing": bool(self.train.packing),
             "evaluation.generation": self.evaluation.generation != GenerationSettings(),
         }
         for key, is_set in (generative if classifies else others).items():
@@ -540,7 +599,9 @@ def _with_engine(values: Any) -> Any:
     if adapter.method == adapter_methods.SEEDS:
         train = {"optimizer": "sgd", "grad_norm": None, **train}
     if train.get("engine", "auto") == "auto":
-        train = {**train, "engine": adapter_methods.engine(adapter.method)}
+        spread = train.get("batch_devices") or train.get("sharding", "none") != "none"
+        alone = spread and adapter.method != adapter_methods.SEEDS
+        train = {**train, "engine": "peft_model" if alone else adapter_methods.engine(adapter.method)}
     return {**values, "train": train}
 
 

@@ -50,23 +50,26 @@ class Leaving:
         return {"adapter hash": self.adapter.hash()} | other
 
     def base(self, say: Callable[[str], None]) -> Base:
-        """Load the base; it is said where its weights are not those that the run was trained on.
+        """Load the base, whole; it is said where its weights are not those that the run was trained on.
 
-        No reason to refuse: a hub base and a copy of it in a folder have two fingerprints and the same weights.
+        No reason to refuse: a hub base and a copy of it in a folder have two fingerprints and the same weights, and an
+        adapter that learned over a quantised base is meant for the whole one (QLoRA, arXiv:2305.14314).
         """
-        loaded = load_base(self.source.model, "cpu", task=self.source.task)
+        loaded = load_base(self.source.model, "cpu", bits=0, task=self.source.task)
         for told in self._other_weights(loaded).values():
-            say(f"{loaded.name}: its weights are {told}; measure what you export, or name the run's base")
+            say(f"{loaded.name}: its weights are {told}; measure what you export")
         return loaded
 
     def _other_weights(self, base: Base) -> dict[str, str]:
-        run = self.source.run
-        if run is None or (trained := run.data()["base"]) == base.fingerprint:
-            return {}
-        told = (
-            f"not known to be those that the run was trained on (fingerprint {base.fingerprint}, the run's {trained})"
-        )
-        return {"base weights": told}
+        run, bits, told = self.source.run, self.source.model.bits, {}
+        if run is not None and (trained := run.data()["base"]) != base.fingerprint:
+            told["base weights"] = (
+                f"not known to be those that the run was trained on (fingerprint {base.fingerprint}, the run's "
+                f"{trained})"
+            )
+        if bits and not base.bits:
+            told["base in training"] = f"whole here, and were quantised to {bits} bits while clients trained"
+        return told
 
 
 def export(
@@ -200,6 +203,9 @@ def save_adapter(parts: "Parts", adapter: Adapter, folder: str | os.PathLike[str
     engine = parts.engine if closed is None else closed.engine
     carrier: Any = engine.carrier  # type: ignore[union-attr]  # only the peft_model engine has no pairs
     with quiet(), writing(Path(folder)):
+        if parts.experiment.train.sharding != "none" and parts.experiment.adapter.method == "full":
+            save_model(replace(parts.base, model=carrier.model), Path(folder), state_dict=dict(adapter.extra))
+            return  # no process has the whole model, and the adapter is all of it
         carrier.write(adapter)
         if parts.experiment.adapter.method in WHOLE:
             save_model(replace(parts.base, model=carrier.model), Path(folder))

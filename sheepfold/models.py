@@ -20,10 +20,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from sheepfold import quantised
 from sheepfold.config import ModelSettings
+from sheepfold.devices import group
 from sheepfold.errors import ConfigError, ModelError
 from sheepfold.loading import first_line, one_line, quiet
+from sheepfold.quantised import Quantisation, settle
 from sheepfold.tasks.base import Task
 from sheepfold.tasks.causal_lm import CAUSAL_LM
 from sheepfold.tokenizers import read_tokenizer
@@ -48,6 +49,8 @@ class Base:
     dtype: torch.dtype
     dropout: Mapping[str, float] = field(default_factory=dict)
     """The dropout rates of the configuration as published; the model itself runs without."""
+    bits: int | None = None
+    """8 or 4 where the linear layers are quantised."""
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -67,6 +70,14 @@ class Outline:
     """The dtype that the weights would have on the device asked for."""
     max_positions: int | None
     """Longest sequence that the model takes; None where positions are unlimited."""
+    quantised: Quantisation | None = None
+    """How its weights are quantised; `model` is as it was before."""
+
+    @property
+    def bytes(self) -> int:
+        """What the weights take in memory."""
+        whole = self.parameters * self.dtype.itemsize
+        return whole - (self.quantised.saved_bytes(self.model, self.dtype) if self.quantised else 0)
 
 
 def load_base(
@@ -79,37 +90,62 @@ def load_base(
     """Return the base that the settings name, frozen and silent, on the device; `tokenizer`: one already loaded.
 
     task says which class of transformers loads it, and what becomes of tensors that its weights lack. bits: 8 or 4
-    quantise the linear layers with bitsandbytes (LLM.int8(), arXiv:2208.07339; NF4, arXiv:2305.14314).
-    Raises ModelError (one line: what, where, what next) for whatever cannot be loaded whole.
+    quantise the linear layers (see quantised.py), 0 leaves them as they are; None: as settings.bits says.
+    Raises ModelError (one line: what, where, what next) for whatever cannot be loaded whole, ConfigError for bits that
+    cannot be.
     """
     where, place = find_base(settings.base), pick_device(device)
     config, dtype = _config(where, settings, task), pick_dtype(settings.dtype, place)
     tokenizer = tokenizer or _tokenizer(where, settings, config, task)
     fingerprint = _fingerprint(where, config)  # of the base as published: a task may write its labels into `config`
     more = task.loading(config, settings.base)
-    if bits is not None:
-        more |= quantised.options(bits, place, dtype)
+    how = None
+    if bits or (bits is None and settings.bits):
+        how = _quantisation(_bare(config, settings, task), settings, bits, task, dtype)
+    more |= how.options(place, dtype) if how else {}
     model = _weights(where, settings, dtype, more, task)
-    if bits is not None:
-        quantised.check(model, bits, place, settings.base)
     _check_vocabulary(tokenizer, model, settings.base)
     published = silence_dropout(model)
     model.requires_grad_(False).eval()
-    if bits is None:
-        model.to(place)  # quantised weights were put there as they were read
-    return Base(model, tokenizer, settings.base, fingerprint, place, dtype, published)
+    if place.type == "cuda" and place.index is not None:
+        torch.cuda.set_device(place)  # where events and kernels are that are given no device
+    if how is None:
+        model.to(place)
+    else:
+        settle(model)  # it was put there as it was read
+    return Base(model, tokenizer, settings.base, fingerprint, place, dtype, published, how.bits if how else None)
 
 
 def config_only(settings: ModelSettings, device: str = "auto", task: Task = CAUSAL_LM) -> Outline:
-    """Return the base's shapes from its configuration alone: no weights are read or allocated."""
+    """Return the base's shapes from its configuration alone: no weights are read or allocated.
+
+    Raises what `load_base` raises for a configuration, and for quantising what cannot be.
+    """
     config = _config(find_base(settings.base), settings, task)
     task.loading(config, settings.base)
-    with quiet(), one_line(settings.base), torch.device("meta"):
-        model = _auto(task).from_config(config, **_attention(settings))
+    model = _bare(config, settings, task)
     parameters = sum(p.numel() for p in model.parameters())
     dtype = pick_dtype(settings.dtype, pick_device(device))
+    how = _quantisation(model, settings, None, task, dtype)
     positions = max_positions(config)
-    return Outline(model, settings.base, parameters, dtype, positions and positions - _first_position(model))
+    return Outline(model, settings.base, parameters, dtype, positions and positions - _first_position(model), how)
+
+
+def _bare(config: Any, settings: ModelSettings, task: Task) -> Any:
+    """Return the model of a configuration on the meta device, without weights."""
+    with quiet(), one_line(settings.base), torch.device("meta"):
+        return _auto(task).from_config(copy.deepcopy(config), **_attention(settings))
+
+
+def _quantisation(
+    model: Any, settings: ModelSettings, bits: int | None, task: Task, dtype: torch.dtype
+) -> Quantisation | None:
+    """Return how a model without weights will be quantised, if it will be; bits: the command line's own."""
+    asked = ("model.bits", settings.bits) if bits is None else ("--bits", bits)
+    how = Quantisation.of(model, asked[1], task.whole(model), asked[0])
+    if how is not None:
+        how.check(model, dtype, settings.base)
+    return how
 
 
 def fingerprint(settings: ModelSettings, task: Task = CAUSAL_LM) -> str:
@@ -166,7 +202,12 @@ def _first_position(model: nn.Module) -> int:
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device; auto: cuda, then mps, then cpu. Raises ConfigError for one that is not there."""
+    """Return the device; auto: cuda, then mps, then cpu. Of several processes on a machine each gets a GPU of its own.
+
+    Raises ConfigError for one that is not there.
+    """
+    if group.several() and name.startswith(("auto", "cuda")) and torch.cuda.is_available():
+        return _own_gpu(name)
     if name == "auto":
         mps = torch.backends.mps.is_available()
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
@@ -175,6 +216,20 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ConfigError(f"device {name!r}: {first_line(error)}; expected auto, cpu, cuda, cuda:1 or mps") from None
     return device
+
+
+def _own_gpu(name: str) -> torch.device:
+    """Return the GPU with this process's number on its machine, and compute there unless told otherwise."""
+    number, there = group.local_rank(), torch.cuda.device_count()
+    if name not in ("auto", "cuda"):
+        raise ConfigError(f"device {name!r}: {group.local_world()} processes would share it; set auto, or cpu")
+    if number >= there:
+        raise ConfigError(
+            f"device {name!r}: this machine has {group.local_world()} processes and {there} GPUs; start as many "
+            "(torchrun --nproc-per-node), or set cpu"
+        )
+    torch.cuda.set_device(number)  # where libraries put what they are given no device for
+    return torch.device("cuda", number)
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:

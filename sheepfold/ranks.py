@@ -104,7 +104,7 @@ def memory_need(shapes: Shapes, ranks: Ranks, base_bytes: int = 0, activation_by
 
     A number of the adapter takes 16: itself, its gradient and AdamW's two moments, in float32.
     """
-    from sheepfold.planning import BYTES_PER_NUMBER  # brings torch, which reading an experiment does without
+    from sheepfold.memory import BYTES_PER_NUMBER  # brings torch, which reading an experiment does without
 
     return base_bytes + BYTES_PER_NUMBER * adapter_numbers(shapes, ranks) + activation_bytes
 

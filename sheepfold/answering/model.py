@@ -41,19 +41,20 @@ class Answer:
 def open_source(source: Source, device: str = "auto", bits: int | None = None) -> "Answering":
     """Load a source's base, and make its adapters ready to be asked by name.
 
-    bits: 8 or 4 load the base quantised by bitsandbytes. Raises ModelError, AdapterMismatch or ConfigError.
+    bits: 8 or 4 load the base quantised by bitsandbytes, 0 as it is; None: as the run was trained. Raises ModelError,
+    AdapterMismatch or ConfigError.
     """
     if source.task.labels:
         raise ConfigError(f"{source.name}: a run of task classification gives labels, and has no answers to write")
     base = load_base(source.model, device, bits=bits)
-    return Answering(source, base, carrier(source, base, bits), bits)
+    return Answering(source, base, carrier(source, base))
 
 
 class Answering:
     """A base and its adapters, ready to answer; one request is computed at a time."""
 
-    def __init__(self, source: Source, base: Base, carried: Carrier, bits: int | None = None) -> None:
-        self.source, self.base, self.bits = source, base, bits
+    def __init__(self, source: Source, base: Base, carried: Carrier) -> None:
+        self.source, self.base, self.bits = source, base, base.bits
         self.names, self.default = source.names, source.default
         self.template = templates.find(source.data, base.tokenizer)
         with carried.using([source.default]) as model:

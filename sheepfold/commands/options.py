@@ -22,7 +22,10 @@ Template = Annotated[
     str | None, typer.Option(help="Prompt template, as in data.template; default: the run's own, else auto.")
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
-Bits = Annotated[int | None, typer.Option(help="8 or 4: load the base quantised (needs sheepfold[quant]).")]
+Bits = Annotated[
+    int | None,
+    typer.Option(help="8 or 4: load the base quantised (needs sheepfold[quant]); 0: as it is; default: as the run."),
+]
 Host = Annotated[str, typer.Option(help="Address to listen on; others than this machine's own need a token.")]
 Port = Annotated[int, typer.Option(help="Port to listen on; 0: a free one, which is printed.")]
 TokenFile = Annotated[

@@ -80,7 +80,7 @@ def foreseen(settings: "Distillation", experiment: Experiment) -> Foreseen:
     if settings.attention_weight:
         (layers, heads), (_, theirs) = shape(student.model), shape(teacher.model)
         learned += 0 if heads == theirs else max(4, student.dtype.itemsize) * layers * heads * theirs
-    return Foreseen(teacher.parameters, parameters + student.parameters * student.dtype.itemsize, learned)
+    return Foreseen(teacher.parameters, parameters + student.bytes, learned)
 
 
 def load(settings: "Distillation", experiment: Experiment, asked: Task, student: Base) -> Base:

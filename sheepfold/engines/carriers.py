@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from sheepfold.adapter import Adapter, LoraPair
 from sheepfold.config import AdapterSettings
-from sheepfold.engines.injection import chains
 from sheepfold.engines.peft_methods import check_connected, check_targets, own_name, peft_config
+from sheepfold.engines.stack import chains
 from sheepfold.errors import AdapterMismatch, ConfigError
 from sheepfold.loading import TROUBLE, first_line
 from sheepfold.quantised import hush
@@ -168,6 +168,7 @@ class PeftCarrier:
             raise ConfigError(
                 f"adapter.options for {settings.method}: PEFT refuses them: {first_line(error)}"
             ) from None
+        _widen_trained(self.model)
         trained = [(own_name(name), p) for name, p in self.model.named_parameters() if p.requires_grad]
         self._trained: dict[str, Tensor] = dict(trained)
         assert len(trained) == len(self._trained), "two parameters of one name"
@@ -253,20 +254,21 @@ class SideHooks:
 
     def __init__(self, model: Any, sites: Sequence[str]) -> None:
         self._chains: dict[str, list[Tensor]] = {}
-        self._side = Adapter()
-        self._first = next(model.parameters())
+        self._side, self._dtype = Adapter(), torch.float32
+        self._model = model
         for path in sites:
             model.get_submodule(path).register_forward_hook(partial(self._add, path))
 
     def put(self, side: Adapter) -> None:
         """Add this from now on."""
         if side is not self._side:
-            self._side, self._chains = side, chains(side, self._first.device, self._first.dtype)
+            first = next(self._model.parameters())
+            self._side, self._chains, self._dtype = side, chains(side, first.device, first.dtype), first.dtype
 
     def _add(self, path: str, _layer: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor | None:
         if path not in self._chains:
             return None
-        x = args[0].to(self._first.dtype)
+        x = args[0].to(self._dtype)
         for matrix in self._chains[path]:
             x = F.linear(x, matrix)
         return out + x
@@ -289,6 +291,26 @@ def _widened(model: Any, names: Sequence[str]) -> dict[str, Tensor]:
     return {name: model.get_parameter(name) for name in names}
 
 
+def _widen_trained(model: Any) -> None:
+    """Put what trains in half precision into float32, with its layer.
+
+    PEFT does so for adapters, but not for copies of the base's own layers: ln_tuning's norms, whole heads. Layers in
+    the middle of the model go on giving what the next one takes.
+    """
+    found = {n.rpartition(".")[0]: p.dtype for n, p in model.named_parameters() if p.requires_grad}
+    for path, dtype in found.items():
+        if dtype.itemsize >= 4:
+            continue
+        layer = model.get_submodule(path).float()
+        layer.register_forward_pre_hook(lambda _, args: (args[0].float(), *args[1:]))
+        if "modules_to_save" not in path:
+            layer.register_forward_hook(partial(_given_back, dtype))
+
+
+def _given_back(dtype: torch.dtype, _layer: nn.Module, _args: Any, out: Tensor) -> Tensor:
+    return out.to(dtype)
+
+
 def _check_sites(adapter: Adapter, sites: Sequence[str], whole: Collection[str] = ()) -> None:
     adapted = {*adapter.pairs, *adapter.sparse}
     if adapter.extra.keys() != set(whole) or adapted != set(sites):
@@ -296,7 +318,8 @@ def _check_sites(adapter: Adapter, sites: Sequence[str], whole: Collection[str] 
         raise AdapterMismatch(f"{odd[0]}: in one of adapter and model only; adapter.targets must match the adapter")
 
 
-def _copy_into(params: Mapping[str, Tensor], adapter: Adapter) -> None:
+def check_whole(params: Mapping[str, Tensor], adapter: Adapter) -> None:
+    """Raise AdapterMismatch unless an adapter holds these parameters whole, and nothing else."""
     if adapter.pairs or adapter.extra.keys() != params.keys():
         odd = sorted(set(adapter.pairs) | adapter.extra.keys() ^ params.keys())
         raise AdapterMismatch(f"{odd[0]}: in one of adapter and model only")
@@ -306,6 +329,10 @@ def _copy_into(params: Mapping[str, Tensor], adapter: Adapter) -> None:
                 f"{name}: shape {tuple(tensor.shape)}, expected {tuple(params[name].shape)}; the adapter was trained "
                 "with other adapter.options"
             )
+
+
+def _copy_into(params: Mapping[str, Tensor], adapter: Adapter) -> None:
+    check_whole(params, adapter)
     with torch.no_grad():
         for name, tensor in adapter.extra.items():
             params[name].copy_(tensor)

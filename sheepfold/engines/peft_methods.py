@@ -16,7 +16,7 @@ from torch import Tensor
 from sheepfold.adapter_methods import WHOLE
 from sheepfold.config import AdapterSettings
 from sheepfold.errors import ConfigError, ModelError, suggest
-from sheepfold.quantised import hush
+from sheepfold.quantised import check_blocks, hush
 from sheepfold.targets import find_targets, is_conv1d, is_linear
 from sheepfold.tasks.base import Task
 from sheepfold.tasks.causal_lm import CAUSAL_LM
@@ -103,6 +103,7 @@ def peft_config(settings: AdapterSettings, model: Any, task: Task = CAUSAL_LM) -
         own = {"fan_in_fan_out": True}  # PEFT finds out by itself, with a warning
     if settings.method == "dora":
         sites = find_targets(model, settings.targets)
+        check_blocks(sites, settings.method)
         own = {
             "r": settings.rank,
             "lora_alpha": settings.alpha,

@@ -106,7 +106,7 @@ class Judge:
         self._closed = closed
         self.plan, self.store, self.private = engine.plan, engine.store, engine.private
         self.engine = closed.engine
-        self.engine.plan = engine.plan
+        self.engine.halvings = engine.halvings
 
     def scores(self, adapters: Sequence[Adapter], work: Work, rows: int) -> list[Score]:
         """See LocalEngine.scores."""

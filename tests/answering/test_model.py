@@ -251,15 +251,9 @@ def test_virtual_tokens_take_positions_from_answers(tmp_path):
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_quantised_base_answers_nearly_as_the_whole_one(tmp_path, bits):
-    source = find(str(saved(tmp_path / "base")))
-    if bits == 4:  # this small base is 32 wide
-        from sheepfold.errors import ModelError
-
-        with pytest.raises(ModelError, match="multiple of 64"):
-            open_source(source, "cpu", bits=4)
-        return
+    source = find("builtin:tiny")
     with open_source(source, "cpu") as whole, open_source(source, "cpu", bits=bits) as small:
         row = whole.raw_prompt("Name three animals.", 1).ids
         left, right = ([s.logprob for s in it.score([row], ["base"])[0]] for it in (whole, small))
     assert left != right
-    assert left == pytest.approx(right, abs=0.5)
+    assert left == pytest.approx(right, abs=0.3, rel=0.02 if bits == 8 else 0.2)
