@@ -10,19 +10,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sheepfold import adapter_methods, planning, stopping
+from sheepfold import adapter_methods, planning, quantised, stopping
 from sheepfold.adapter import Adapter
 from sheepfold.config import Experiment
 from sheepfold.data.rows import FederatedData
+from sheepfold.engines import spreading
 from sheepfold.engines.cohort import CohortEngine
 from sheepfold.engines.injection import CohortModel
 from sheepfold.engines.peft_methods import check_options
 from sheepfold.engines.peft_model import PeftModelEngine
 from sheepfold.engines.zeroth_order import ZerothOrderEngine
-from sheepfold.errors import ConfigError, ModelError
+from sheepfold.errors import ConfigError, ModelError, require
 from sheepfold.evaluation.text_metrics import Metric
 from sheepfold.local import optimizers, rules
 from sheepfold.models import Base, Outline, config_only, load_base, load_tokenizer
+from sheepfold.needs import Need, need_of
 from sheepfold.offsite import align, full
 from sheepfold.offsite.align import AlignRows
 from sheepfold.offsite.cut import check_method, cut_in, restricted, trained
@@ -77,6 +79,8 @@ class Parts:
     """What the server trains after each fold"""
     closed: Closed | None = None
     """The full model, where clients have an emulator of it"""
+    need: Need | None = None
+    """What training takes of the memory, where that can be told"""
     apart: bool = False
     """Whether clients' rows are on machines of their own; `data` then has those of this machine alone"""
 
@@ -153,6 +157,8 @@ def check(experiment: Experiment, serves: bool = True) -> tuple[Strategy, dict[s
             "flexlora, hetlora and heterolora take mixed ones"
         )
     check_options(experiment.adapter)
+    if experiment.model.bits:
+        require(f"model.bits {experiment.model.bits}", "quant", "bitsandbytes")
     asked = task(experiment)
     if made.beyond_peft and asked.name == "classification":
         raise ConfigError(
@@ -162,6 +168,7 @@ def check(experiment: Experiment, serves: bool = True) -> tuple[Strategy, dict[s
     if experiment.offsite is not None and experiment.offsite.align is not None:
         align.check(experiment.offsite.align)
     optimizers.build(experiment.train, elementwise=experiment.train.engine == "cohort")
+    spreading.check(experiment, made)
     if key := experiment.stop.key:
         stopping.check_name(key, asked.measures)
     return made, asked.metrics(experiment.evaluation.metrics)
@@ -198,16 +205,20 @@ def assemble(
     plan: BatchPlan | None = None,
     emulator: Callable[[], Path] | None = None,
     site: Site | None = None,
+    ready: Callable[[], object] | None = None,
+    works: bool = False,
 ) -> Parts:
     """Return the parts of an experiment; `plan` is a resumed run's, else it follows from the machine.
 
     emulator: gives the folder of a closed model's emulator, which is made there unless it is there already. site: the
-    one machine of several that this is; None: there is one, and it has all rows that the experiment names.
+    one machine of several that this is; None: there is one, and it has all rows that the experiment names. ready:
+    called when all is there but the base's weights. works: whether another process on the same data is the server.
 
     Raises ConfigError, DataError, ModelError or AdapterMismatch, each with its one line.
     """
-    serves = site is None or site.serves  # what the server trains is no client's to have
+    serves = not works if site is None else site.serves  # what the server trains is no client's to have
     made, metrics = check(experiment, serves)
+    spreading.check_processes(experiment)
     if experiment.offsite is not None and emulator is None:
         raise ConfigError("offsite: only a run has clients that get an emulator; remove it here (offsite=null)")
     if experiment.offsite is not None and site is not None:
@@ -228,8 +239,10 @@ def assemble(
     if emulator is not None and experiment.offsite is not None:
         given = full.written(experiment, known, emulator())
         settings = full.settings_of(given, settings)
+    if ready is not None:
+        ready()
     load = load_base if site is None else site.load
-    base = load(settings, experiment.device, known.tokenizer, task=asked)
+    base = spreading.loaded(load, experiment, settings, known.tokenizer, asked)
     train_rows = {name: rows.train for name, rows in data.clients.items()}
     sites = sites_of(experiment, base.model, asked) if experiment.adapter.method == "lora" else {}
     setting = make_setting(experiment, clients, ranks, sites, start, made)
@@ -242,7 +255,12 @@ def assemble(
     check_patterns(experiment, [name.rpartition("/")[0] for name in initial.tensors()])
     first = made.begin(ServerState(0, initial, engine.plan, setting=setting))
     numbers = first.adapter.numbers_in_training
-    engine.plan = plan or planning.batch_plan(experiment.train, numbers, chosen.size, base.device)
+    need = None
+    if given is None and (len(data.clients) or site is None):
+        need = need_of(experiment, outline, asked, data.tokens, list(sites), first.adapter, made.local)
+    engine.plan = plan or planning.batch_plan(experiment.train, numbers, chosen.size, base.device, need)
+    if need is not None:
+        engine.token_bytes = (need.in_a_pass(engine.plan) or 0) / engine.plan.micro_tokens
     closed = None
     if given is not None:
         whole = trained(base.model, given.cut) if experiment.adapter.method == "full" else []
@@ -255,7 +273,7 @@ def assemble(
 
         closed = Closed(experiment, given, engine_on)
     parts = Parts(experiment, base, data, engine, chosen, made, metrics, initial, first, asked, closed=closed)
-    parts = replace(parts, apart=site is not None)
+    parts = replace(parts, apart=site is not None, need=need)
     return replace(parts, server=made.server(parts)) if made.server and serves else parts
 
 
@@ -301,10 +319,9 @@ def clients_ranks(experiment: Experiment, outline: Outline, clients: list[str]) 
         return {}
     layers = sites_of(experiment, outline.model, task(experiment))
     shapes = {path: linear_shape(layer) for path, layer in layers.items()}
-    base_bytes = outline.parameters * outline.dtype.itemsize
 
     def room(ranks: Mapping[str, int]) -> int:
-        return memory_need(shapes, ranks, base_bytes, _activation_bytes(experiment, outline))
+        return memory_need(shapes, ranks, outline.bytes, _activation_bytes(experiment, outline))
 
     return client_ranks(experiment.adapter.ranks, experiment.adapter.rank, clients, shapes, experiment.seed, room)
 
@@ -357,7 +374,7 @@ def _activation_bytes(experiment: Experiment, outline: Outline) -> int:
 
 def _weight(sites: Mapping[str, Any], path: str) -> Tensor:
     """Return the base's weight at a module, (d_out, d_in), in float32 on the CPU."""
-    weight: Tensor = sites[path].weight.detach().float().cpu()
+    weight = quantised.weight(sites[path]).float().cpu()
     return weight.T if is_conv1d(sites[path]) else weight
 
 
@@ -396,7 +413,8 @@ def make_engine(
     if only is None and (cut_ := cut_in(model)) is not None:
         only = trained(model, cut_)
     common |= {"beyond_peft": made.beyond_peft, "only": only}
-    return PeftModelEngine(model, list(sites), data.tokens, train_rows, train, adapter, **common)
+    made_by = spreading.engine_class(experiment, base)
+    return made_by(model, list(sites), data.tokens, train_rows, train, adapter, **common)
 
 
 def load_data(experiment: Experiment, tokenizer: Any) -> FederatedData:

@@ -24,6 +24,7 @@ from sheepfold.commands import (
     server,
     track,
 )
+from sheepfold.devices import group
 from sheepfold.errors import SheepfoldError
 
 app = typer.Typer(
@@ -62,7 +63,11 @@ def run(
     on: Annotated[str, typer.Option(help="here: in this process; flower: on this server's clients.")] = "here",
     fold: Annotated[Path | None, typer.Option(help="The server's folder, with --on flower; default: fold.")] = None,
 ) -> None:
-    """Run an experiment; without a file, the demo."""
+    """Run an experiment; without a file, the demo. Under torchrun, all processes share it."""
+    if not group.is_main():
+        from sheepfold.devices.worker import serve
+
+        sys.exit(serve())
     experiment = _experiment(file, _baselines(baseline))
     from sheepfold.commands.places import runner
 
@@ -80,13 +85,29 @@ def run(
 
 
 @app.command()
-def plan(file: File = None, as_json: AsJson = False) -> None:
-    """Show what a run would do: clients, steps, bytes, memory. Trains nothing and touches no GPU."""
+def plan(
+    file: File = None,
+    with_steps: Annotated[
+        bool, typer.Option("--calibrate", help="Load the base, time a few steps of the run, and say its seconds too.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a run would do: clients, steps, bytes, memory. Without --calibrate it needs no weights and no GPU."""
+    if not group.is_main():
+        return  # the first one's to say
     experiment = _experiment(file)
-    from sheepfold.forecast import forecast, show
+    from sheepfold.calibration import calibrate, check
+    from sheepfold.commands.plan import show
+    from sheepfold.forecast import forecast
 
+    if with_steps:
+        check(experiment)
     foreseen = forecast(experiment)
-    _print(foreseen.as_dict()) if as_json else show(foreseen)
+    measured = calibrate(experiment, foreseen) if with_steps else None
+    if as_json:
+        _print(foreseen.as_dict() | ({"calibration": measured.as_dict()} if measured else {}))
+    else:
+        show(foreseen, measured)
 
 
 @app.command()

@@ -1,6 +1,7 @@
 """Where a run's clients are. The loop (simulation.py) asks them to train, to judge and to close, and does not know."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 from sheepfold.assembly import Parts, Site
@@ -17,8 +18,8 @@ from sheepfold.wire.exams import ClientFacts
 from sheepfold.wire.link import Link
 
 Listener = Callable[[str, Mapping[str, Any]], None]
-"""Is told what happens: (event, facts). Events: stage, start, round, progress, waiting, closing, benchmarks,
-benchmarks_failed, end."""
+"""Is told what happens: (event, facts). Events: stage, start, round, progress, halved, waiting, closing,
+benchmarks, benchmarks_failed, end."""
 
 
 def silent(event: str, facts: Mapping[str, Any]) -> None:
@@ -46,6 +47,9 @@ class Place(Protocol):
 
     def site(self, experiment: Experiment) -> Site | None:
         """Return what of a run is on this machine; None: all of it. Raises ConfigError for what cannot run there."""
+
+    def ready(self, experiment: Experiment, emulator: Callable[[], Path]) -> None:
+        """Hear that all of a run is there but its base's weights, and in a folder the emulator of a closed one."""
 
     def clients(self, parts: Parts, folder: RunFolder, listener: Listener) -> Clients:
         """Return the clients of a run that is about to begin, or to go on."""
@@ -83,6 +87,9 @@ class InProcess:
     def site(self, experiment: Experiment) -> Site | None:
         """Return None: all rows are here."""
         return None
+
+    def ready(self, experiment: Experiment, emulator: Callable[[], Path]) -> None:
+        """Nobody else waits for it."""
 
     def clients(self, parts: Parts, folder: RunFolder, listener: Listener) -> Here:
         """Return them."""

@@ -73,6 +73,7 @@ class Terminal:
             f"{f['cohort']:,} a round, {f['rounds']} rounds; {_rows(f['train_rows'])}, "
             f"{f['adapter_numbers']:,} numbers in the adapter, "
             f"{'each on its own machine' if apart else together(f['plan'].clients_per_pass)}"
+            f"{', in ' + str(f['processes']) + ' processes' if f.get('processes', 1) > 1 else ''}"
         )
         if facts["ranks"]:
             kinds = ", ".join(f"{count:,} of rank {name}" for name, count in facts["ranks"])
@@ -99,6 +100,9 @@ class Terminal:
 
     def _on_progress(self, facts: Mapping[str, Any]) -> None:
         self._progress.advance(self._task, facts["steps"])
+
+    def _on_halved(self, facts: Mapping[str, Any]) -> None:
+        self.console.print(f"[yellow]note[/] {escape(facts['text'])}")
 
     def _on_closing(self, facts: Mapping[str, Any]) -> None:
         self._settle()
@@ -252,9 +256,9 @@ def verdict(closing: "Closing", measure: str) -> str:
 
 
 def json_lines(event: str, facts: Mapping[str, Any]) -> None:
-    """Write rounds, the closing table, benchmarks and the end to standard output, one JSON object a line."""
+    """Write rounds, halvings, the closing table, benchmarks and the end to standard output, one JSON object a line."""
     if event == "closing":
         facts = facts["closing"].as_dict()
-    if event in ("round", "closing", "benchmarks", "benchmarks_failed", "end"):
+    if event in ("round", "halved", "closing", "benchmarks", "benchmarks_failed", "end"):
         sys.stdout.write(json.dumps(plain({"event": event, **facts})) + "\n")
         sys.stdout.flush()

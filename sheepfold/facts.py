@@ -8,6 +8,7 @@ from typing import Any
 from sheepfold.assembly import Parts
 from sheepfold.data.rows import FederatedData
 from sheepfold.data.table import NONE
+from sheepfold.devices import group
 from sheepfold.rounds import RoundReport
 from sheepfold.state import ServerState
 from sheepfold.wire.exams import ClientFacts
@@ -92,6 +93,7 @@ def run_facts(parts: Parts) -> dict[str, Any]:
         "adapter_numbers": sum(t.numel() for t in tensors),
         "ranks": _kinds_of_clients(parts),
         "plan": parts.engine.plan,
+        "processes": group.world(),
         "strategy": parts.strategy.name,
         "notes": list(parts.data.notes),
     }
@@ -133,6 +135,8 @@ def round_line(report: RoundReport, state: ServerState) -> dict[str, Any]:
         "seconds": {"round": report.seconds, **stages},
         "adapter": state.hash(),
     }
+    if group.several():
+        line["processes"] = group.world()  # that shared it; seconds by stage are one's, on average
     if report.late:
         line["late"] = report.late
     if report.server:

@@ -1,13 +1,13 @@
 """`sheepfold plan`: what a run would do, from the data and the base's configuration alone. No weights, no GPU."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from sheepfold import planning
+from sheepfold import memory, planning
 from sheepfold.adapter import Adapter
 from sheepfold.adapter_methods import SEEDS, seed_options
 from sheepfold.assembly import (
@@ -25,13 +25,14 @@ from sheepfold.config import Experiment
 from sheepfold.distillation.teacher import Foreseen
 from sheepfold.engines.seed_carrier import SEEDS as SUMS
 from sheepfold.local.steps import round_lr, steps_in_round
-from sheepfold.models import Outline, pick_device
+from sheepfold.models import Outline, config_only, pick_device
+from sheepfold.needs import need_of
 from sheepfold.offsite.cut import cut_in
 from sheepfold.offsite.cut import trained as offsite_names
 from sheepfold.personal import check_patterns
 from sheepfold.ranks import adapter_numbers
 from sheepfold.sampler import sampler
-from sheepfold.state import BatchPlan, ServerState
+from sheepfold.state import BatchPlan, ServerState, Setting
 from sheepfold.strategies.base import Strategy
 from sheepfold.targets import linear_shape
 from sheepfold.tasks.base import Task
@@ -62,10 +63,20 @@ class Forecast:
     uplink_bytes: int | None
     base_bytes: int
     pass_bytes: int
-    """Stacked adapters, gradients and moments of one pass."""
+    """Stacked adapters, gradients and moments of one pass, and the copies that become updates"""
+    activation_bytes: int | None
+    """What a forward and backward pass needs besides; None: not foreseen for this method or model"""
+    fold_bytes: int
+    """The server's: the global adapter and the sum of the updates"""
+    library_bytes: int
+    """What a process takes without a model; on a GPU nothing, where torch counts tensors alone"""
     device: str
     public_rows: int = 0
     """Rows that the server has"""
+    by_tokens: bool = True
+    """Whether a forward pass is bounded by the plan's tokens; else by its rows of one client"""
+    sharded: bool = False
+    """Whether processes cut the model between them: bytes here are those of a whole one"""
     server: Foreseen | None = None
     """What the server trains itself"""
     full_parameters: int | None = None
@@ -73,9 +84,17 @@ class Forecast:
     full_bytes: int = 0
     """What it takes beside the emulator, where it is judged too"""
 
+    @property
+    def peak_bytes(self) -> int | None:
+        """What the run is expected to have in use at its peak; None: not foreseen."""
+        if self.activation_bytes is None:
+            return None
+        models = self.base_bytes + self.full_bytes + (self.server.bytes if self.server else 0)
+        return self.library_bytes + models + self.fold_bytes + self.pass_bytes + self.activation_bytes
+
     def as_dict(self) -> dict[str, Any]:
         """Return the forecast, ready for JSON."""
-        return asdict(self)
+        return {**asdict(self), "peak_bytes": self.peak_bytes}
 
 
 def forecast(experiment: Experiment) -> Forecast:
@@ -95,8 +114,12 @@ def forecast(experiment: Experiment) -> Forecast:
     setting = make_setting(experiment, list(data.clients), ranks, {}, start, made)
     numbers, modules = _adapter_size(experiment, outline, setting.widest, asked)
     device = pick_device(experiment.device)
-    plan = planning.batch_plan(experiment.train, numbers, chosen.size, device)
-    down, up = _traffic(experiment, made, known, ServerState(0, Adapter(), plan, setting=setting), numbers)
+    libraries = memory.in_use(torch.device("cpu")) if device.type != "cuda" else 0
+    first, sites = _first(experiment, known, setting, numbers)
+    need = need_of(experiment, _fresh(experiment, known), asked, data.tokens, sites, first, made.local)
+    plan = planning.batch_plan(experiment.train, numbers, chosen.size, device, need)
+    state = ServerState(0, first, plan, setting=setting)
+    down, up = _traffic(experiment, made, known, state)
     return Forecast(
         clients=len(sizes),
         cohort=chosen.size,
@@ -112,10 +135,15 @@ def forecast(experiment: Experiment) -> Forecast:
         plan=plan,
         downlink_bytes=None if down is None else round(down * chosen.size),
         uplink_bytes=None if up is None else round(up * chosen.size),
-        base_bytes=outline.parameters * outline.dtype.itemsize,
-        pass_bytes=_pass_bytes(experiment, outline, numbers * plan.clients_per_pass),
+        base_bytes=outline.bytes,
+        pass_bytes=need.vectors + need.client * plan.clients_per_pass,
+        activation_bytes=None if made.beyond_peft else need.in_a_pass(plan),
+        fold_bytes=need.server,
+        library_bytes=libraries,
         device=str(device),
         public_rows=len(data.public),
+        by_tokens=experiment.train.engine == "cohort",
+        sharded=experiment.train.sharding != "none",
         server=made.foresee(experiment) if made.foresee else None,
         full_parameters=None if known.full is None else known.full.parameters,
         full_bytes=_full_bytes(experiment, known.full),
@@ -127,11 +155,6 @@ def _full_bytes(experiment: Experiment, full: Outline | None) -> int:
     return full.parameters * full.dtype.itemsize if full is not None and judged else 0
 
 
-def _pass_bytes(experiment: Experiment, outline: Outline, numbers: int) -> int:
-    """Return what a pass needs beside the base and activations; seeds: two vectors of all weights, in float32."""
-    return 8 * outline.parameters if experiment.adapter.method == SEEDS else planning.BYTES_PER_NUMBER * numbers
-
-
 def _rows_seen(experiment: Experiment, sizes: np.ndarray, steps: np.ndarray) -> np.ndarray:
     """Return the rows of `steps` steps, whose last one in every epoch may be short, (clients,)."""
     per_epoch = np.maximum(1, -(-sizes // experiment.train.batch_rows))
@@ -140,29 +163,36 @@ def _rows_seen(experiment: Experiment, sizes: np.ndarray, steps: np.ndarray) -> 
 
 
 def _traffic(
-    experiment: Experiment, made: Strategy, known: Foundation, state: ServerState, numbers: int
+    experiment: Experiment, made: Strategy, known: Foundation, state: ServerState
 ) -> tuple[float | None, float | None]:
     """Return the bytes of a client's assignment and update in round 1, the mean over clients; None: not foreseen."""
-    outline = known.outline
     if made.beyond_peft:
         return None, None  # its first rounds are made from the base's weights, which are not loaded here
-    if experiment.adapter.method == "lora":
-        sites = sites_of(experiment, outline.model, known.task)
-        start = read_start(experiment, outline.model)
-        names = whole_names(outline.model, known.task)
-        check_patterns(experiment, [*sites, *names])
-        whole = {name: torch.zeros(outline.model.get_parameter(name).shape) for name in names}
-        first = first_adapter(experiment, sites, start, state.setting, whole)
-    elif experiment.adapter.method == SEEDS:
-        first = Adapter(extra={SUMS: torch.zeros(numbers)})
-    else:
-        first = _in_place(experiment, outline, known.task)
-    state = made.begin(replace(state, adapter=first))
     lr = round_lr(experiment.train, 0, rounds=experiment.federation.rounds)
     steps = {name: steps_in_round(experiment.train, len(c.train)) for name, c in known.data.clients.items()}
-    each = list(traffic(state, made, terms(experiment, made), experiment.train.engine, lr, steps))
+    each = list(traffic(made.begin(state), made, terms(experiment, made), experiment.train.engine, lr, steps))
     down, up = np.array(each, dtype=np.float64).mean(0)
     return float(down), float(up)
+
+
+def _first(experiment: Experiment, known: Foundation, setting: Setting, numbers: int) -> tuple[Adapter, list[str]]:
+    """Return the adapter before round 1, and the modules that LoRA adapts."""
+    outline = known.outline
+    if experiment.adapter.method == SEEDS:
+        return Adapter(extra={SUMS: torch.zeros(numbers)}), []
+    if experiment.adapter.method != "lora":
+        return _in_place(experiment, _fresh(experiment, known), known.task), []
+    sites = sites_of(experiment, outline.model, known.task)
+    start = read_start(experiment, outline.model)
+    names = whole_names(outline.model, known.task)
+    check_patterns(experiment, [*sites, *names])
+    whole = {name: torch.zeros(outline.model.get_parameter(name).shape) for name in names}
+    return first_adapter(experiment, sites, start, setting, whole), list(sites)
+
+
+def _fresh(experiment: Experiment, known: Foundation) -> Outline:
+    """Return the base's outline as it is before PEFT puts its layers there, which it does for good."""
+    return known.outline if known.full is not None else config_only(experiment.model, experiment.device, known.task)
 
 
 def _in_place(experiment: Experiment, outline: Outline, asked: Task) -> Adapter:
@@ -205,59 +235,3 @@ def _adapter_size(experiment: Experiment, outline: Outline, widest: Mapping[str,
     carried = carrier(model, [], experiment.adapter, experiment.seed, task=asked)
     trained = [p for p in carried.model.parameters() if p.requires_grad]
     return sum(p.numel() for p in trained), len(trained)
-
-
-def _shown(f: Forecast) -> str:
-    from sheepfold.display import size
-
-    if f.downlink_bytes is None or f.uplink_bytes is None:
-        return "not foreseen for this method; the journal counts it"
-    return f"{size(f.downlink_bytes)} down and {size(f.uplink_bytes)} up in round 1"
-
-
-def _public(f: Forecast) -> str:
-    return f", {f.public_rows:,} the server's" if f.public_rows else ""
-
-
-def _server(s: Foreseen) -> str:
-    from sheepfold.display import size
-
-    kept = f"every saved state holds {size(s.state_bytes)} of what it learns" if s.state_bytes else "it learns nothing"
-    return f"a teacher of {s.parameters:,} parameters; {size(s.bytes)} with the server's copy of the student; {kept}"
-
-
-def _which(f: Forecast) -> str:
-    return "" if f.full_parameters is None else f"an emulator of {f.full_parameters:,} parameters: "
-
-
-def show(foreseen: Forecast) -> None:
-    """Print a forecast for people."""
-    from sheepfold.display import size, together
-    from sheepfold.terminal import console, table
-
-    f = foreseen
-    view = table("what this run would do", "", "")
-    view.show_header, view.columns[1].justify = False, "left"
-    for name, value in (
-        ("clients", f"{f.clients:,}, {f.cohort:,} a round, {f.rounds} rounds"),
-        ("rows", f"{f.train_rows:,} for training, {f.eval_rows:,} held out{_public(f)}"),
-        ("base", f"{_which(f)}{f.base_parameters:,} parameters, {size(f.base_bytes)} on {f.device}"),
-        ("adapter", f"{f.adapter_numbers:,} numbers in {f.adapted_modules} modules, {size(4 * f.adapter_numbers)}"),
-        (
-            "work",
-            f"{f.steps_a_round:,} client steps a round; {f.rows_in_all:,} rows, {f.tokens_in_all:,} tokens",
-        ),
-        (
-            "passes",
-            f"{together(f.plan.clients_per_pass)}, at most {f.plan.micro_tokens:,} tokens a forward pass",
-        ),
-        (
-            "memory",
-            f"{size(f.base_bytes + f.pass_bytes)} for base and stacked adapters, and one pass's activations"
-            + (f"; {size(f.full_bytes)} for the full model" if f.full_bytes else ""),
-        ),
-        ("traffic", _shown(f)),
-        *([("server", _server(f.server))] if f.server else []),
-    ):
-        view.add_row(name, value)
-    console().print(view)

@@ -1,6 +1,5 @@
 """Was joining worth it? Base, each client alone, all rows in one place, and the federation, on the same rows."""
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -10,8 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from sheepfold.adapter import Adapter, combined
-from sheepfold.assembly import AnyEngine, Parts
-from sheepfold.config import TrainSettings
+from sheepfold.assembly import Parts
 from sheepfold.engines.common import DITTO, OWN, with_own
 from sheepfold.local.store import ClientStore
 from sheepfold.marks import Marks, evaluation_rows, marks, shared_rows
@@ -63,7 +61,7 @@ def train_alone(parts: Parts, rounds: int, lr: Callable[[int], float]) -> dict[s
 
     A client that takes no good step keeps what it has.
     """
-    engine = _plain(parts.engine)
+    engine = parts.engine.plain()
     adapters = {client: parts.alone(client) for client in parts.data.clients}
     drawn = dict.fromkeys(adapters, 0)
     for round in range(rounds):
@@ -82,7 +80,7 @@ def train_centrally(parts: Parts, state: ServerState, lr: Callable[[int], float]
     rows = np.concatenate([client.train for client in parts.data.clients.values()])
     steps = max(1, round(sum(state.drawn.values()) / state.round))
     train = parts.experiment.train.model_copy(update={"steps": steps, "epochs": None})
-    engine = _plain(parts.engine, {EVERYONE: rows}, train)
+    engine = parts.engine.plain({EVERYONE: rows}, train)
     adapter = parts.initial
     for r in range(state.round):
         for answer in engine.train([Assignment(EVERYONE, r, adapter, lr(r), r * steps)]):
@@ -97,7 +95,7 @@ def fine_tune(parts: Parts, state: ServerState, lr: float, steps: int) -> Client
     A client without rows, or without a good step, keeps what it had.
     """
     train = parts.experiment.train.model_copy(update={"steps": steps, "epochs": None})
-    engine = _plain(parts.engine, train=train)
+    engine = parts.engine.plain(train=train)
     tuned = ClientStore()
     clients = list(parts.data.clients)
     for first in range(0, len(clients), parts.engine.plan.clients_per_pass):
@@ -145,18 +143,6 @@ def held_out_each(parts: Parts, state: ServerState, asked: Sequence[tuple[str, n
         work = [(i, rows) for i, (_, rows) in enumerate(part)]
         scores += parts.engine.scores(adapters, work, parts.experiment.evaluation.batch_rows)
     return scores
-
-
-def _plain(
-    engine: AnyEngine, train_rows: Mapping[str, np.ndarray] | None = None, train: TrainSettings | None = None
-) -> AnyEngine:
-    """Return the engine without a method's client half, over other rows or settings where given."""
-    other = copy.copy(engine)
-    other.rule, other.ditto, other.store = None, None, ClientStore()
-    other.private = lambda name: False
-    other.train_rows = engine.train_rows if train_rows is None else train_rows
-    other.settings = train or engine.settings
-    return other
 
 
 def contenders(

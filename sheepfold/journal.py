@@ -4,6 +4,7 @@
     data.json         what the data amounts to: fingerprint, sizes, training rows by category, ranks, rows left out
     rounds.jsonl      one line for the evaluated start and for each round
     clients/          what clients keep from round to round, where the method has them keep something
+    halvings.jsonl    where memory ran out, and how work was cut from there on
     offsite/          what clients get instead of the base, where that is closed
     personal/         a PEFT folder a client, where clients end with adapters of their own
     state/            latest.safetensors, best.safetensors, round-0003.safetensors (every file is always whole)
@@ -55,6 +56,11 @@ class RunFolder:
     def clients(self) -> Path:
         """What clients keep from round to round."""
         return self.path / "clients"
+
+    @property
+    def halvings(self) -> Path:
+        """Where memory ran out, and the plan from there on (halving.py)."""
+        return self.path / "halvings.jsonl"
 
     @property
     def emulator(self) -> Path:

@@ -6,9 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from sheepfold import joining, stopping
+from sheepfold import joining, memory, stopping
 from sheepfold import state as states
 from sheepfold.adapter import Adapter
 from sheepfold.assembly import Parts, assemble, check
@@ -23,6 +21,7 @@ from sheepfold.facts import data_facts, round_line, run_facts, with_clients
 from sheepfold.journal import RunFolder, check_same, last_folder, new_folder
 from sheepfold.judging import evaluate
 from sheepfold.local.store import ClientStore
+from sheepfold.outlook import Outlook
 from sheepfold.results import write_results
 from sheepfold.rounds import rounds
 from sheepfold.state import ServerState
@@ -80,16 +79,24 @@ def _run_all(
     try:
         folders = [folder] if folder else []
         plan = state.plan if state else None
-        parts = assemble(experiment, plan, lambda: _begun(experiment, folders).emulator, site)
+
+        def emulator() -> Path:
+            return _begun(experiment, folders).emulator
+
+        parts = assemble(experiment, plan, emulator, site, lambda: place.ready(experiment, emulator))
         try:
             folder = _begun(experiment, folders)
             parts.engine.store = ClientStore(folder.clients)
+            parts.engine.halvings.follow(folder.halvings, lambda text: listener("halved", {"text": text}))
             return _run(parts, folder, state, listener, place.clients(parts, folder, listener))
         finally:
             parts.engine.close()
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not memory.is_out_of_memory(error):
+            raise
+        said = (str(error) or type(error).__name__).splitlines()[0]
         raise TrainingError(
-            f"out of memory ({str(error).splitlines()[0]}); set train.micro_rows or train.clients_per_pass lower, or "
+            f"out of memory ({said}); set train.micro_rows or train.clients_per_pass lower, or "
             "train.gradient_checkpointing, in a new run"
         ) from None
 
@@ -135,6 +142,7 @@ def _run(parts: Parts, folder: RunFolder, state: ServerState | None, listener: L
         if stopping.stopped(experiment, state):
             break
     parts.engine.on_step = lambda steps: None
+    parts.engine.halvings.enter(f"closing after round {state.round}")
     _export(parts, folder, state)
     closing = _closing(parts, folder, state, listener, clients)
     write_results(folder, closing)
@@ -151,6 +159,8 @@ def _run(parts: Parts, folder: RunFolder, state: ServerState | None, listener: L
 def _first(parts: Parts, folder: RunFolder, listener: Listener, clients: Clients) -> ServerState:
     """Evaluate and save the state before round 1."""
     began = time.perf_counter()
+    outlook = Outlook(parts)
+    outlook.begin(0)
     state = parts.start()
     scores, judged = _judged(parts, folder, state, clients)
     stopping.check_key(parts.experiment, scores)
@@ -160,8 +170,9 @@ def _first(parts: Parts, folder: RunFolder, listener: Listener, clients: Clients
     if parts.server is not None:
         line["teacher"] = dict(parts.server.measured(state))
     line["seconds"] = {"evaluation": time.perf_counter() - began}
+    outlook.complete(line)
     folder.append(line)
-    state = stopping.watched(parts.experiment, state, scores)
+    state = replace(stopping.watched(parts.experiment, state, scores), plan=parts.engine.plan)
     _save(folder, state, parts.experiment)
     listener("round", line)
     return state
@@ -178,9 +189,10 @@ def _rounds(
     before: Mapping[str, float] = next(
         (line["held_out"]["loss"] for line in reversed(folder.lines()) if "held_out" in line), {}
     )
-    empty = 0
+    empty, outlook = 0, Outlook(parts, folder.lines())
     best = state.best  # rounds() goes on from its own state, which has no part in evaluation
     lr = rates(experiment)
+    outlook.begin(state.round + 1)
     for state, report in rounds(  # noqa: B020
         state, total, sampler=parts.sampler, strategy=parts.strategy, engine=clients, lr=lr, server=parts.server
     ):
@@ -197,6 +209,8 @@ def _rounds(
             before = scores.summary()
             state = stopping.watched(experiment, state, scores)
             best = state.best
+        state = replace(state, plan=parts.engine.plan)  # what was halved stays so in a resumed run
+        outlook.complete(line)
         folder.append(line)
         _save(folder, state, experiment)
         _prune(parts, folder, state, report.cohort)
@@ -205,6 +219,7 @@ def _rounds(
         if empty == EMPTY_ROUNDS:
             raise TrainingError(f"{empty} rounds in a row without an update; the last one's reason: {report.reasons()}")
         yield state
+        outlook.begin(state.round + 1)
 
 
 def _judged(parts: Parts, folder: RunFolder, state: ServerState, clients: Clients) -> tuple[HeldOut, dict[str, Any]]:

@@ -31,6 +31,8 @@ class BatchPlan:
     """Rows of one client in a forward pass."""
     micro_tokens: int
     """Most tokens, padding included, in a forward pass over all clients."""
+    judged_rows: int | None = None
+    """Most rows that are evaluated at a time, where memory ran out with `evaluation.batch_rows`."""
 
 
 @dataclass(frozen=True, slots=True)

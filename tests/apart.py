@@ -1,6 +1,6 @@
 """A run whose clients have their rows to themselves: own parts, own stores, bytes alone between them and the server."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,9 @@ class Apart:
             parts.engine.store = ClientStore(self.folder / "stores" / name)
             self.nodes[name] = Node(name, parts, self.folder / "homes" / name)
         return Site(names, lambda tokenizer, task: some(whole, {}, whole.holdout, whole.public), serves=True)
+
+    def ready(self, experiment: Experiment, emulator: Callable[[], Path]) -> None:
+        """Nobody waits for it."""
 
     def clients(self, parts: Parts, folder: RunFolder, listener: Listener) -> "Flock":
         assert not parts.data.clients

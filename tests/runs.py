@@ -6,6 +6,9 @@ from typing import Any
 
 from sheepfold.config import Experiment, build
 
+MEASURED = ("seconds", "memory")
+"""What the machine says of a round in its journal line: never the same twice"""
+
 
 def experiment(folder: Path, **over: Any) -> Experiment:
     """Return a run of four clients, two rounds of two steps, in a few seconds; dotted keys in `over` replace."""

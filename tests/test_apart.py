@@ -60,7 +60,7 @@ def tiny(folder: Path, base: Path, **over: Any):
 
 def journal(outcome: simulation.Outcome) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (outcome.folder / "rounds.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+    return [{key: value for key, value in line.items() if key not in runs.MEASURED} for line in lines]
 
 
 def close(left: Any, right: Any) -> None:

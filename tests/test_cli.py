@@ -1,6 +1,7 @@
 """The command line: what people type, and what comes back."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -68,7 +69,8 @@ def test_plan_foresees_what_the_run_then_does(capsys, file, tmp_path):
     code, out, _ = typed(capsys, "plan", file, "--json")
     foreseen = json.loads(out)
     assert code == 0
-    assert typed(capsys, "plan", file)[0] == 0
+    assert "at most 1,024 tokens a forward pass" in typed(capsys, "plan", file)[1]
+    assert "at most 4 rows a forward pass" in typed(capsys, "plan", file, "train.engine=peft_model")[1]
     assert typed(capsys, "run", file, "--quiet")[0] == 0
     lines = [json.loads(line) for line in (tmp_path / "runs/small/rounds.jsonl").read_text().splitlines()][1:]
     did = [c for line in lines for c in line["clients"].values()]
@@ -79,6 +81,19 @@ def test_plan_foresees_what_the_run_then_does(capsys, file, tmp_path):
     assert foreseen["tokens_in_all"] == pytest.approx(tokens, rel=0.25)
     state = json.loads(json.dumps(foreseen["plan"]))
     assert state["clients_per_pass"] == 4
+
+
+def test_plan_says_seconds_after_a_few_steps_and_forgets_what_they_taught(capsys, file, tmp_path):
+    code, out, _ = typed(capsys, "plan", file, "--calibrate", "--json", "federation.rounds=5", "evaluation.every=2")
+    measured = json.loads(out)["calibration"]
+    assert code == 0
+    assert measured["evaluations"] == 4, "before round 1, after 2, 4 and 5"
+    assert measured["run_s"] == pytest.approx(5 * measured["round_s"] + 4 * measured["evaluation_s"])
+    assert measured["steps"] >= 4
+    said = typed(capsys, "plan", file, "--calibrate")[1].replace("\n", " ")
+    assert "tokens a second" in said
+    assert re.search(r"seconds +[0-9]\.[0-9] in all", said), "a short run's seconds have a decimal"
+    assert not (tmp_path / "runs").exists()
 
 
 def test_data_commands_show_split_and_examine(capsys, file, tmp_path):

@@ -15,7 +15,7 @@ import pytest
 from sheepfold.adapter import Adapter
 from sheepfold.local.store import ClientStore
 from tests import small
-from tests.runs import experiment
+from tests.runs import MEASURED, experiment
 
 OPTIONS = [
     "data.rows=96", "data.max_tokens=64", "data.partition.by=shards", "data.partition.clients=4", "adapter.rank=4",
@@ -136,7 +136,7 @@ def left(folder: Path) -> tuple[list[dict], dict[str, str]]:
     for client in (path.name for path in (run / "clients").iterdir()):
         for round in (3, 6, 8):  # those whose states are kept, and the last
             hashes[f"{client} after round {round}"] = Adapter(extra=store.get(client, round)).hash()
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines], hashes
+    return [{key: value for key, value in line.items() if key not in MEASURED} for line in lines], hashes
 
 
 @pytest.fixture(scope="module")

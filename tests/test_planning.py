@@ -3,7 +3,10 @@
 import torch
 
 from sheepfold.config import TrainSettings
-from sheepfold.planning import ADAPTER_SHARE, BYTES_PER_NUMBER, batch_plan, total_memory
+from sheepfold.memory import BYTES_PER_NUMBER, total_memory
+from sheepfold.needs import Need
+from sheepfold.planning import ADAPTER_SHARE, batch_plan, fitted
+from sheepfold.state import BatchPlan
 
 CPU = torch.device("cpu")
 
@@ -24,3 +27,33 @@ def test_what_is_asked_for_is_kept():
 
 def test_two_plans_on_one_machine_are_equal():
     assert batch_plan(TrainSettings(), 10**6, 50, CPU) == batch_plan(TrainSettings(), 10**6, 50, CPU)
+
+
+NEED = Need(base=0, numbers=1000, activations=lambda tokens, rows: 100 * tokens, longest=64)
+"""100 bytes a token, 20,000 bytes a client"""
+
+
+def fit(room: int, cohort: int = 16, *, grows: bool = False, **train: int) -> BatchPlan:
+    settings = TrainSettings(batch_rows=8, **train)
+    return fitted(BatchPlan(cohort, 8, 1024), settings, cohort, NEED, room, grows=grows)
+
+
+def test_forward_passes_get_smaller_where_memory_is_and_then_clients_fewer():
+    ample = fit(10**7)
+    assert (ample.clients_per_pass, ample.micro_tokens) == (16, 1024)
+    assert fit(300_000).clients_per_pass == (300_000 - 100 * 1024) // NEED.client
+    assert fit(60_000).micro_tokens == 256, "half of the room is for the clients"
+    assert fit(1000) == BatchPlan(1, 8, 64), "one client, and no row is longer: less there is not"
+    assert fit(300_000, clients_per_pass=16).clients_per_pass == 16, "what is asked for is kept"
+
+
+def test_a_gpus_forward_passes_grow_up_to_all_rows_of_a_step():
+    assert fit(10**8, grows=True).micro_tokens == 8192
+    assert fit(10**8, cohort=2, grows=True).micro_tokens == 1024
+    assert fit(500_000, grows=True).micro_tokens == 2048
+    assert fit(10**8).micro_tokens == 1024
+
+
+def test_nothing_is_cut_where_activations_are_not_known():
+    unknown = Need(base=0, numbers=1000, activations=lambda tokens, rows: None)
+    assert fitted(BatchPlan(4, 8, 1024), TrainSettings(), 4, unknown, 10**6, grows=True) == BatchPlan(4, 8, 1024)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sheepfold.errors import ConfigError
-from sheepfold.planning import BYTES_PER_NUMBER
+from sheepfold.memory import BYTES_PER_NUMBER
 from sheepfold.rank_choice import FLEXLORA_TYPES, Drawn
 from sheepfold.ranks import GIB, adapter_numbers, client_ranks, group, memory_need, mixed, site_ranks
 

@@ -30,7 +30,7 @@ from sheepfold.strategies.hetlora import RANKS
 from sheepfold.wire.ends import terms, written
 from sheepfold.wire.packing import pack
 from tests import small
-from tests.runs import experiment
+from tests.runs import MEASURED, experiment
 
 MIXED = {"adapter.rank": 8, "adapter.ranks": [2, 4, 8, 4]}
 Over = dict[str, Any]
@@ -122,7 +122,7 @@ def ran(tmp_path_factory, shared):
 def journal(outcome: simulation.Outcome) -> list[dict[str, Any]]:
     """Return the journal without the seconds, which differ."""
     lines = [json.loads(line) for line in (outcome.folder / "rounds.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+    return [{key: value for key, value in line.items() if key not in MEASURED} for line in lines]
 
 
 def kept(outcome: simulation.Outcome) -> dict[str, bytes]:

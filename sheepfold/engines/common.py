@@ -1,17 +1,21 @@
 """What both engines have in common: how one client trains, what it keeps, and what it answers."""
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from sheepfold import memory
 from sheepfold.adapter import Adapter
 from sheepfold.config import TrainSettings
 from sheepfold.data.rows import TokenRows
+from sheepfold.halving import Halvings, smaller
 from sheepfold.local import optimizers
 from sheepfold.local.rules import LocalRule, Trained, each_tensor, finished, proximal
 from sheepfold.local.steps import steps_in_round
@@ -28,12 +32,16 @@ FIRST_LOSS_SCALE = 2.0**12
 OWN, DITTO = "own/", "ditto/"
 """How a client's store names its private tensors, and its own adapter under Ditto."""
 
+T = TypeVar("T")
 Work = Sequence[tuple[int, np.ndarray]]
 """What to evaluate: (number of the adapter, row numbers)."""
 
 
 class LocalEngine:
     """What both engines are made of: the clients' rows, and how a client goes through a round."""
+
+    cuts_by_tokens = False
+    """Whether a forward pass is bounded by plan.micro_tokens, over all clients; else by plan.micro_rows of one"""
 
     def __init__(
         self,
@@ -60,7 +68,8 @@ class LocalEngine:
         self.train_rows = train_rows
         self.settings = train
         self.seed = seed
-        self.plan = plan
+        self.halvings = Halvings(plan)
+        self.token_bytes = 0.0  # of a forward pass's activations, about; 0: not known
         self.rule = rule
         self.private = private or (lambda name: False)
         self.ditto = ditto
@@ -69,16 +78,79 @@ class LocalEngine:
         self.on_step: Callable[[int], None] = lambda steps: None  # told how many client steps were taken
         self.build = optimizers.build(train, elementwise=elementwise)
 
+    @property
+    def plan(self) -> BatchPlan:
+        """How work is cut; it gets smaller where memory runs out."""
+        return self.halvings.plan
+
+    @plan.setter
+    def plan(self, plan: BatchPlan) -> None:
+        self.halvings.plan = plan
+
     def train(self, assignments: Sequence[Assignment]) -> Iterator[Update | Absence]:
-        """Yield every client's update, or why there is none, in the order of the assignments."""
-        size = self.plan.clients_per_pass
-        for first in range(0, len(assignments), size):
-            clients = [self.local(a) for a in assignments[first : first + size]]
+        """Yield every client's update, or why there is none, in the order of the assignments.
+
+        Where memory runs out in a pass, its clients begin anew, fewer together or in smaller forward passes.
+        """
+        first = 0
+        while first < len(assignments):
+            clients = self._in_memory(partial(self._together, assignments[first:]), self._smaller(assignments[first]))
+            first += len(clients)
+            for client in clients:
+                yield self._answer(client)
+
+    def _together(self, assignments: Sequence[Assignment]) -> list["Local"]:
+        """Return the clients of the next pass, trained."""
+        clients = [self.local(a) for a in assignments[: self.plan.clients_per_pass]]
+        with self._taking_back():
             self._pass(clients, self.rule)
             if self.ditto:
                 self._train_own(clients)
-            for client in clients:
-                yield self._answer(client)
+        return clients
+
+    @contextmanager
+    def _taking_back(self) -> Iterator[None]:
+        """Take back the steps that were told of, where work ends half-way."""
+        tell, told = self.on_step, 0
+
+        def count(steps: int) -> None:
+            nonlocal told
+            told += steps
+            tell(steps)
+
+        self.on_step = count
+        try:
+            yield
+        except BaseException:
+            tell(-told)
+            raise
+        finally:
+            self.on_step = tell
+
+    def _in_memory(self, work: Callable[[], T], less: Callable[[], tuple[BatchPlan, str] | None]) -> T:
+        """Return what work comes to; where memory runs out, it is done anew with the plan that `less` gives."""
+        self.halvings.next_unit()
+        while True:
+            try:
+                return work()
+            except (RuntimeError, MemoryError) as error:
+                if not memory.is_out_of_memory(error) or (found := less()) is None:
+                    raise
+            memory.free()  # here, where nothing refers to the error and its frames any more
+            self.halvings.halve(*found)
+
+    def _smaller(self, first: Assignment) -> Callable[[], tuple[BatchPlan, str] | None]:
+        """Return what to halve in training: what takes more, the clients' numbers or the activations."""
+        numbers = first.adapter.numbers_in_training * memory.BYTES_PER_NUMBER
+
+        def less() -> tuple[BatchPlan, str] | None:
+            heavy = numbers * self.plan.clients_per_pass >= self.token_bytes * self.plan.micro_tokens
+            return smaller(self.plan, clients=heavy, tokens=self._longest() if self.cuts_by_tokens else None)
+
+        return less
+
+    def _longest(self) -> int:
+        return int(self.tokens.lengths().max(initial=1))
 
     @property
     def bare(self) -> Adapter | None:
@@ -92,13 +164,36 @@ class LocalEngine:
     def scores(self, adapters: Sequence[Adapter], work: Work, rows: int) -> list[Score]:
         """Return what adapters[a] come to on the given rows, for each (a, row numbers) of the work.
 
-        The loss is in nats per target, weighted by targets; `rows` go through the base at a time.
+        The loss is in nats per target, weighted by targets; `rows` go through the base at a time, or fewer where memory
+        ran out.
         """
+
+        def at_once() -> int:
+            return min(rows, self.plan.judged_rows or rows)
+
+        def less() -> tuple[BatchPlan, str] | None:
+            now = at_once()
+            words = f"out of memory with {now} rows judged at a time, going on with {now // 2}"
+            return (replace(self.plan, judged_rows=now // 2), words) if now > 1 else None
+
+        return self._in_memory(lambda: self._scores(adapters, work, at_once()), less)
+
+    def _scores(self, adapters: Sequence[Adapter], work: Work, rows: int) -> list[Score]:
+        """Return what `scores` does, in one go."""
         raise NotImplementedError
 
     def held_out(self, adapters: Sequence[Adapter], work: Work, rows: int) -> list[Mean]:
         """Return the losses of `scores` alone."""
         return [score.loss for score in self.scores(adapters, work, rows)]
+
+    def plain(self, train_rows: Mapping[str, np.ndarray] | None = None, train: TrainSettings | None = None) -> Self:
+        """Return this engine without a method's client half, over other rows or settings where given."""
+        other = copy.copy(self)
+        other.rule, other.ditto, other.store = None, None, ClientStore()
+        other.private = lambda name: False
+        other.train_rows = self.train_rows if train_rows is None else train_rows
+        other.settings = train or self.settings
+        return other
 
     def local(self, assignment: Assignment) -> "Local":
         """Return a client ready to train, with what it kept; one without rows has no steps."""
@@ -108,6 +203,11 @@ class LocalEngine:
         start = with_own(assignment.adapter, own, OWN)
         return Local(assignment, start, start, own, rows, int(self.targets[rows].sum()), steps)
 
+    @property
+    def near(self) -> LocalRule:
+        """The rule of clients' own adapters under Ditto, which holds them near the one they were handed."""
+        return LocalRule(penalty=each_tensor(partial(proximal, mu=float(self.ditto or 0))))
+
     def _pass(self, clients: Sequence["Local"], rule: LocalRule | None) -> None:
         ready = sorted((c for c in clients if c.steps), key=lambda c: -c.steps)
         if ready:
@@ -115,9 +215,8 @@ class LocalEngine:
 
     def _train_own(self, clients: Sequence["Local"]) -> None:
         """Train each client's own adapter, held near the global one (Ditto, arXiv:2012.04221, Algorithm 1)."""
-        near = LocalRule(penalty=each_tensor(partial(proximal, mu=float(self.ditto or 0))))
         twins = [c.twin(with_own(c.assignment.adapter, c.own, DITTO)) for c in clients if c.good_steps]
-        self._pass(twins, near)
+        self._pass(twins, self.near)
         for client, twin in zip((c for c in clients if c.good_steps), twins, strict=True):
             if twin.good_steps and twin.adapter.is_finite():
                 client.own_adapter = twin.adapter

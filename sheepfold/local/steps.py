@@ -6,6 +6,7 @@ No step crosses an epoch's end, so the last step of an epoch may be short.
 """
 
 import math
+from functools import lru_cache
 
 import numpy as np
 
@@ -25,11 +26,27 @@ def steps_in_round(train: TrainSettings, rows: int) -> int:
     return (train.epochs or 1) * steps_per_epoch(rows, train.batch_rows)
 
 
+def tokens_in_round(train: TrainSettings, rows: np.ndarray, lengths: np.ndarray) -> float:
+    """Return about how many tokens a client with these rows goes through in one round; lengths: every row's tokens."""
+    if not len(rows):
+        return 0.0
+    return steps_in_round(train, len(rows)) * min(train.batch_rows, len(rows)) * float(lengths[rows].mean())
+
+
 def step_rows(seed: int, client: str, rows: np.ndarray, batch_rows: int, step: int) -> np.ndarray:
     """Return the row numbers of a client's step, counted from its first step in the run; at most (batch_rows,)."""
     epoch, part = divmod(step, steps_per_epoch(len(rows), batch_rows))
-    order = stream(seed, "rows", client, epoch).permutation(len(rows))
-    return rows[order[part * batch_rows : (part + 1) * batch_rows]]
+    order = _order(seed, client, epoch, len(rows))
+    numbers: np.ndarray = rows[order[part * batch_rows : (part + 1) * batch_rows]]
+    return numbers
+
+
+@lru_cache(maxsize=512)  # the clients of some passes; drawn for every step, large clients' orders took their time
+def _order(seed: int, client: str, epoch: int, rows: int) -> np.ndarray:
+    """Return an epoch's shuffle, (rows,) int64: positions among the client's rows."""
+    order: np.ndarray = stream(seed, "rows", client, epoch).permutation(rows)
+    order.setflags(write=False)
+    return order
 
 
 def lr_factor(train: TrainSettings, step: int, steps: int) -> float:

@@ -11,6 +11,7 @@ import re
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import sheepfold
@@ -47,6 +48,9 @@ class Machines:
         """Return the server's part of the run. Raises ConfigError and DataError for what cannot be between machines."""
         had = kept(last_folder(experiment)) if self.resume else None
         return site(experiment, had["clients"] if had else self.enrolled)
+
+    def ready(self, experiment: Experiment, emulator: Callable[[], Path]) -> None:
+        """Nobody waits for it: clients load what they need when they are asked."""
 
     def clients(self, parts: Parts, folder: RunFolder, listener: Listener) -> FarClients:
         """Return the clients of a run that is about to begin, or to go on."""

@@ -28,6 +28,7 @@ MAY_BE_LATE = ("fedavg", "fedit", "fedprox", "ffa_lora")
 
 def site(experiment: Experiment, enrolled: Sequence[str]) -> Site:
     """Return the server's site. Raises ConfigError and DataError for what cannot be between machines, one line each."""
+    check_devices(experiment)
     made, _ = check(experiment)
     check_network(experiment, made)
     everybody = names(experiment, enrolled)
@@ -42,6 +43,17 @@ def names(experiment: Experiment, enrolled: Sequence[str]) -> list[str]:
     if wanted and (unknown := [name for name in wanted if name not in enrolled]):
         raise ConfigError(f"network.clients: {unknown[0]!r} is not enrolled; {suggest(unknown[0], enrolled)}")
     return sorted(wanted or enrolled, key=natural_key)
+
+
+def check_devices(experiment: Experiment) -> None:
+    """Raise ConfigError for devices that the experiment names: each machine's are its owner's to say."""
+    if experiment.train.batch_devices:
+        raise ConfigError(
+            "train.batch_devices: between machines each client trains on its own `device`, as its node file says; "
+            "remove it"
+        )
+    if (sharding := experiment.train.sharding) != "none":
+        raise ConfigError(f"train.sharding {sharding}: between machines each client trains in one process; remove it")
 
 
 def check_network(experiment: Experiment, made: Strategy) -> None:

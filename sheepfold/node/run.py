@@ -24,6 +24,7 @@ from sheepfold.folders import replace_file, writing
 from sheepfold.messages import Absence, Assignment
 from sheepfold.models import Base, load_base
 from sheepfold.network.charter import Charter
+from sheepfold.network.site import check_devices
 from sheepfold.network.transport import Kind
 from sheepfold.node.data import own_data, own_rows, own_settings
 from sheepfold.node.leaving import form, leaving, text
@@ -222,6 +223,7 @@ def _own(asked: Experiment, node: NodeSettings) -> Experiment:
     """Return the experiment as it holds on this machine: rows, base, device and folders are its own."""
     if asked.task == "classification" and not asked.data.labels:
         raise ConfigError("data.labels is empty; the server must say which labels there are, and in which order")
+    check_devices(asked)
     model = asked.model if node.model is None else asked.model.model_copy(update={"base": node.model, "revision": None})
     places = {"device": node.device, "cache": str(node.cache), "output": str(node.runs)}
     return asked.model_copy(update={**places, "model": model, "data": own_settings(asked.data, node)})

@@ -17,12 +17,11 @@ from datetime import UTC, datetime
 from types import MappingProxyType
 from typing import Any
 
-import torch
-
 from sheepfold import __version__
 from sheepfold.errors import CheckpointError, PolicyError, SheepfoldError, WireError
 from sheepfold.folders import writing
 from sheepfold.locks import try_lock
+from sheepfold.memory import free, is_out_of_memory
 from sheepfold.messages import Absence
 from sheepfold.network.charter import Charter, read_charter
 from sheepfold.network.transport import Kind
@@ -121,10 +120,9 @@ class Worker:
             self._log()
             self._forget()  # what it left half done is not trained on
             reason = f"{type(error).__name__} on this machine; its own log has the rest"
-            if _is_out_of_memory(error):
+            if is_out_of_memory(error):
                 self._bases.drop()
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
+                free()
                 reason = "out of memory; set train.micro_rows lower, or train.gradient_checkpointing, in a new run"
         if (run, reason) != self._said:
             self.say(f"run {run}: {reason}")
@@ -175,9 +173,3 @@ def _address(charter: str, data: bytes) -> tuple[str, int]:
     except (ValueError, KeyError, TypeError, RecursionError, struct.error):
         pass  # what is wrong with it, its reading says
     return run, round
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Return whether the machine, or its device, had no room."""
-    full = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-    return full or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))

@@ -68,7 +68,7 @@ class Place:
     """Machines, with the fleet's clock."""
 
     def __init__(self, fleet: Fleet, machines: Machines) -> None:
-        self.fleet, self.machines, self.site = fleet, machines, machines.site
+        self.fleet, self.machines, self.site, self.ready = fleet, machines, machines.site, machines.ready
 
     def clients(self, parts: Any, folder: Any, listener: Any) -> FarClients:
         far = self.machines.clients(parts, folder, listener)

@@ -112,6 +112,9 @@ class Replay:
     def site(self, experiment):
         return None
 
+    def ready(self, experiment, emulator):
+        pass
+
     def clients(self, parts, folder, listener):
         return Replayed(parts, folder, listener, self.journal)
 

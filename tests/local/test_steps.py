@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sheepfold.config import TrainSettings
-from sheepfold.local.steps import lr_factor, round_lr, step_rows, steps_in_round, steps_per_epoch
+from sheepfold.local.steps import lr_factor, round_lr, step_rows, steps_in_round, steps_per_epoch, tokens_in_round
 
 sizes = st.integers(1, 60)
 
@@ -28,12 +28,31 @@ def test_a_clients_order_depends_on_seed_client_and_epoch_and_on_nothing_else():
     assert order(0, "ann", 0) not in others
 
 
+def test_a_steps_rows_are_the_same_whenever_they_are_asked_for_and_cannot_be_written_over():
+    rows = np.arange(100, 123)
+    forth = [step_rows(4, "ann", rows, 4, n) for n in range(12)]
+    back = [step_rows(4, "ann", rows, 4, n) for n in reversed(range(12))]
+    assert all((one == other).all() for one, other in zip(forth, reversed(back), strict=True))
+    forth[0][:] = 0  # a caller's own
+    assert (step_rows(4, "ann", rows, 4, 0) == back[-1]).all()
+    assert (step_rows(4, "ann", np.arange(40), 4, 0) != back[-1]).any()
+
+
 @given(sizes, st.integers(1, 20), st.integers(1, 5))
 def test_epochs_and_steps_count_alike(rows, batch_rows, epochs):
     by_epochs = TrainSettings(epochs=epochs, batch_rows=batch_rows)
     steps = steps_in_round(by_epochs, rows)
     assert steps == epochs * -(-rows // batch_rows)
     assert steps_in_round(TrainSettings(steps=steps, batch_rows=batch_rows), rows) == steps
+
+
+def test_clients_with_longer_rows_and_more_steps_go_through_more_tokens():
+    lengths = np.array([10, 20, 300])
+    train = TrainSettings(epochs=2, batch_rows=2)
+    assert tokens_in_round(train, np.array([0, 1]), lengths) == 2 * 2 * 15
+    assert tokens_in_round(train, np.array([2]), lengths) == 2 * 300, "one row is no full step"
+    assert tokens_in_round(TrainSettings(steps=5, batch_rows=2), np.array([0, 1]), lengths) == 5 * 2 * 15
+    assert tokens_in_round(train, np.array([], dtype=int), lengths) == 0
 
 
 def test_one_epoch_is_what_happens_where_neither_is_set():

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from sheepfold import simulation
-from sheepfold.errors import CheckpointError
+from sheepfold.errors import CheckpointError, ConfigError
 from sheepfold.messages import Absence
+from sheepfold.network.site import site
 from sheepfold.node.ledger import Ledger
 from sheepfold.node.worker import Worker
 from sheepfold.wire import blob
@@ -52,6 +53,23 @@ def reason(worker: Worker, charter: str, kind: str, data: bytes, run: str = RUN_
     assert letter.client == worker.node.name
     assert "\n" not in letter.reason
     return letter
+
+
+@pytest.mark.parametrize(
+    ("over", "said"),
+    [
+        ({"batch_devices": ["cpu", "cuda:77"]}, "train.batch_devices: between machines each client trains on its own"),
+        ({"sharding": "fsdp"}, "train.sharding fsdp: between machines each client trains in one process; remove it"),
+    ],
+)
+def test_devices_are_each_machines_own_to_say(barn, told, tmp_path, over, said):
+    with pytest.raises(ConfigError, match=said):
+        site(experiment(tmp_path, train=over), ["ann"])
+    charter, messages = told
+    facts = json.loads(charter)
+    facts["experiment"]["train"] |= {"engine": "peft_model", **over}  # a server's that does not look
+    facts["experiment"]["train"]["clients_per_pass"] = None
+    assert said in reason(barn.restart("ann"), json.dumps(facts), *messages[0]).reason
 
 
 def test_what_cannot_be_answered_is_an_absence_with_a_reason(barn, told):

@@ -102,7 +102,7 @@ def differ(left: dict[str, Tensor], right: dict[str, Tensor]) -> list[str]:
 
 def journal(folder: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+    return [{key: value for key, value in line.items() if key not in runs.MEASURED} for line in lines]
 
 
 def test_a_frozen_teacher_keeps_its_bits_and_the_state_holds_nothing_of_it(shelf, tmp_path):
