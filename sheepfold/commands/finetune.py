@@ -23,6 +23,7 @@ OF_A_RUN = (
     "train.local_rule", "train.local_rule_args", "evaluation.every", "evaluation.generation", "evaluation.tasks",
 )  # fmt: skip
 """Options of the file that are about clients, rounds and what comes after them."""
+OF_COHORT = ("train.packing", "train.compile")
 OF_LORA = ("adapter.rank", "adapter.ranks", "adapter.alpha", "adapter.dropout", "adapter.targets", "adapter.options")
 
 
@@ -81,6 +82,7 @@ def _checked(experiment: str, out: Path, options: Iterable[str], method: str) ->
     if "=" in experiment or "=" in str(out):
         raise ConfigError(f"{experiment} {out}: expected EXPERIMENT.yaml OUT first, then key.path=value")
     idle = {**INSTEAD, **dict.fromkeys(OF_A_RUN, "there are no rounds and no clients")}
+    idle |= dict.fromkeys(OF_COHORT, "it trains in engine peft_model")
     if method == "full":
         idle |= dict.fromkeys(OF_LORA, "all weights are trained; take --method lora")
     for word in options:

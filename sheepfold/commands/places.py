@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from sheepfold.config import Experiment
+from sheepfold.devices import group
 from sheepfold.errors import ConfigError, require, suggest
 
 PLACES = ("here", "flower")
@@ -19,12 +20,17 @@ def runner(
     """Return what runs an experiment and tells a listener. Raises ConfigError for options that do not go together."""
     if on not in PLACES:
         raise ConfigError(f"--on {on}: unknown; {suggest(on, PLACES)}")
+    if group.several() and on != "here":
+        raise ConfigError(f"--on {on}: clients train on machines of their own; start this without torchrun")
     if on == "here":
         if fold is not None:
             raise ConfigError(f"--fold {fold} has no effect without --on flower; add that, or remove it")
-        from sheepfold import simulation  # torch and transformers come with it
+        if group.several():
+            from sheepfold.devices.place import run
+        else:
+            from sheepfold.simulation import run  # torch and transformers come with it
 
-        return lambda listener: simulation.run(experiment, resume=resume, resume_from=resume_from, listener=listener)
+        return lambda listener: run(experiment, resume=resume, resume_from=resume_from, listener=listener)
     if resume_from is not None:
         raise ConfigError("--resume-from: a run on flower goes on from its newest round; use --resume")
     require("--on flower", "flower", "flwr")

@@ -1,0 +1,1 @@
+"""Several processes of one run, one a device, as torchrun starts them."""
