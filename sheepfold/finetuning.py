@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from sheepfold.adapter import Adapter
 from sheepfold.assembly import Parts, assemble
 from sheepfold.config import Experiment
+from sheepfold.engines import spreading
 from sheepfold.engines.common import Local
 from sheepfold.engines.peft_model import PeftModelEngine
 from sheepfold.errors import ConfigError, TrainingError, suggest
@@ -29,6 +29,7 @@ from sheepfold.joining import EVERYONE
 from sheepfold.journal import plain
 from sheepfold.local.steps import steps_per_epoch
 from sheepfold.marks import evaluation_rows, judged, shared_rows
+from sheepfold.memory import is_out_of_memory
 from sheepfold.messages import Assignment
 from sheepfold.metrics import Mean
 
@@ -97,10 +98,12 @@ def finetune(
             parts = assemble(asked)
             taken = _rows(parts, arguments.on)
             facts, adapter = _train(parts, taken, listener)
-        except torch.OutOfMemoryError as error:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            said = (str(error) or type(error).__name__).splitlines()[0]
             raise TrainingError(
-                f"out of memory ({str(error).splitlines()[0]}); set train.micro_rows lower, "
-                "train.gradient_checkpointing, or --method lora"
+                f"out of memory ({said}); set train.micro_rows lower, train.gradient_checkpointing, or --method lora"
             ) from None
         given = {**asdict(arguments), "on": "all" if len(taken) > 1 else next(iter(taken))}
         facts = {"arguments": given, **facts, "experiment": experiment.model_dump(mode="json")}
@@ -111,6 +114,7 @@ def finetune(
 def _centralised(experiment: Experiment, arguments: Arguments) -> Experiment:
     """Return the experiment without rounds: all its epochs are one client's one round. Raises ConfigError."""
     adapter, model, data = experiment.adapter, experiment.model, experiment.data
+    spreading.check_alone(experiment, "finetune")
     if arguments.on in ("public", "all") and not data.public.wanted and not data.partition.by.endswith(".json"):
         raise ConfigError(
             f"--on {arguments.on}: the experiment has no public rows; give --share, such as 0.2, or set "
@@ -121,6 +125,11 @@ def _centralised(experiment: Experiment, arguments: Arguments) -> Experiment:
             raise ConfigError(
                 f"adapter.start {adapter.start} has no effect with --method full; merge it into the base first "
                 "(sheepfold export --to merged), or take --method lora"
+            )
+        if model.bits:
+            raise ConfigError(
+                f"model.bits {model.bits} with --method full: quantised weights stay as they are; set model.bits=null, "
+                "or take --method lora"
             )
         if model.dtype in ("bfloat16", "float16"):
             raise ConfigError(

@@ -121,7 +121,9 @@ def test_every_row_asked_for_is_trained_on_once_an_epoch_and_no_other(place, tmp
     monkeypatch.setattr(
         PeftModelEngine,
         "_gradients",
-        lambda self, job, rows, *rest: seen.extend(rows) or gradients(self, job, rows, *rest),
+        lambda self, job, parts, *rest: (
+            seen.extend(int(row) for part in parts for row in part.rows) or gradients(self, job, parts, *rest)
+        ),
     )
     asked = experiment(place, **{"data.public.share": share})
     made = finetune(asked, tmp_path / "out", Arguments(on, epochs=2))
@@ -228,6 +230,9 @@ def test_the_command_takes_a_share_says_its_rows_and_prints_a_line_an_epoch(caps
         (["adapter.rank=2"], "adapter.rank=2: has no effect on finetune; all weights are trained"),
         (["adapter.start=there"], "adapter.start there has no effect with --method full; merge it"),
         (["model.dtype=bfloat16"], "model.dtype bfloat16 with --method full: small steps vanish"),
+        (["model.bits=8", "model.dtype=float32"], "model.bits 8 with --method full: quantised weights stay"),
+        (["--method", "lora", "train.compile=true"], "train.compile=true: has no effect on finetune; it trains in"),
+        (["train.packing=true"], "train.packing=true: has no effect on finetune; it trains in engine peft_model"),
         (["--method", "lora", "adapter.ranks=[2, 4]", "adapter.rank=8"], "adapter.ranks says ranks of clients"),
     ],
 )
@@ -263,6 +268,18 @@ def test_an_interrupted_training_leaves_nothing(capsys, file, tmp_path, monkeypa
     code, _, err = typed(capsys, "finetune", file, tmp_path / "out")
     assert (code, err) == (130, f"sheepfold: interrupted; nothing was written to {tmp_path / 'out'}\n")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [RuntimeError("DefaultCPUAllocator: can't allocate memory"), MemoryError()])
+def test_a_machine_that_is_full_is_one_line(capsys, file, tmp_path, monkeypatch, error):
+    def full(self, steps_taken):
+        raise error
+
+    monkeypatch.setattr("sheepfold.finetuning._Watch.step", full)
+    code, _, err = typed(capsys, "finetune", file, tmp_path / "out")
+    said = str(error) or "MemoryError"
+    assert (code, err.startswith(f"sheepfold: out of memory ({said}); set train.micro_rows lower")) == (2, True)
+    assert err.count("\n") == 1
 
 
 def test_training_that_overflows_writes_nothing_and_skipped_steps_are_told(place, tmp_path):

@@ -8,7 +8,6 @@ import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,8 +19,9 @@ from sheepfold.config import AdapterSettings, GenerationSettings, TrainSettings
 from sheepfold.data.rows import TokenRows
 from sheepfold.engines.carriers import Carrier, PeftCarrier, SideHooks, carrier
 from sheepfold.engines.common import FIRST_LOSS_SCALE, Local, LocalEngine, Work, score_of
+from sheepfold.engines.job import Job, Part, seeded
 from sheepfold.local import optimizers
-from sheepfold.local.rules import Factors, LocalRule
+from sheepfold.local.rules import LocalRule
 from sheepfold.local.steps import lr_factor, step_rows
 from sheepfold.metrics import Score
 from sheepfold.rng import derive
@@ -75,16 +75,10 @@ class PeftModelEngine(LocalEngine):
         began = time.perf_counter()
         a = client.assignment
         anchor = self._values(client.anchor) if rule.penalty else {}
-        self.carrier.write(client.start)
-        self.side.put(a.side)
-        params = self.carrier.factors()
-        for name, p in params.items():
-            p.requires_grad_(kind(name) not in a.frozen)
-        params = {name: p for name, p in params.items() if p.requires_grad}
-        job = _Job(client, params, rule, {name: anchor[name] for name in params if name in anchor})
+        params = self.started(client)
+        job = Job(client, params, rule, {name: anchor[name] for name in params if name in anchor})
         if rule.correction:
-            job.correction = {n: t.to(params[n]) for n, t in rule.correction(a, client.own).items()}
-        self.carrier.model.train()  # for the adapter's own dropout; the base's is silent
+            job.correction = {n: self.placed(t, params[n]) for n, t in rule.correction(a, client.own).items()}
         optimizer = self.build(params.values(), a.lr)
         scale = FIRST_LOSS_SCALE if self.half else 1.0
         for step in range(client.steps):
@@ -92,54 +86,83 @@ class PeftModelEngine(LocalEngine):
             self.on_step(1)
         self.carrier.model.eval()
         client.adapter = self.carrier.read()
-        client.mean_gradient = {n: (g / max(1, client.good_steps)).cpu() for n, g in job.gradients.items()}
+        client.mean_gradient = {n: self.whole(g / max(1, client.good_steps)) for n, g in job.gradients.items()}
         # one figure: plain loops overlap nothing, and splitting it would need a synchronisation at every call
         client.seconds = {"train": time.perf_counter() - began}
+
+    def started(self, client: Local) -> dict[str, Tensor]:
+        """Let the model carry what a client starts from; return what trains, by flat name."""
+        a = client.assignment
+        self.carrier.write(client.start)
+        self.side.put(a.side)
+        params = self.carrier.factors()
+        for name, p in params.items():
+            p.requires_grad_(kind(name) not in a.frozen)
+        self.carrier.model.train()  # for the adapter's own dropout; the base's is silent
+        return {name: p for name, p in params.items() if p.requires_grad}
+
+    def placed(self, tensor: Tensor, param: Tensor) -> Tensor:
+        """Return a tensor of a parameter's shape where and as the parameter is."""
+        return tensor.to(param)
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        """Return what `placed` took apart, whole and on the CPU."""
+        return tensor.cpu()
+
+    def norm(self, params: Sequence[Tensor]) -> Tensor:
+        """Return the L2 norm of all gradients together."""
+        norms = [torch.linalg.vector_norm(p.grad) for p in params if p.grad is not None]
+        total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+        return total
+
+    def clip(self, params: Sequence[Tensor], bound: float, norm: Tensor) -> None:
+        """Scale all gradients down where their norm is above a bound."""
+        torch.nn.utils.clip_grad_norm_(params, bound)
 
     def _values(self, adapter: Adapter) -> dict[str, Tensor]:
         self.carrier.write(adapter)
         return {name: p.detach().clone() for name, p in self.carrier.factors().items()}
 
-    def _step(self, job: "_Job", step: int, optimizer: torch.optim.Optimizer, scale: float) -> float:
+    def _step(self, job: Job, step: int, optimizer: torch.optim.Optimizer, scale: float) -> float:
         """Take one step; return the loss scale to go on with (float16)."""
         client, settings = job.client, self.settings
         a, params = client.assignment, list(job.params.values())
         rows = step_rows(self.seed, a.client, client.rows, settings.batch_rows, a.first_step + step)
         targets = int(self.targets[rows].sum())
-        seed = derive(self.seed, "dropout", a.round, a.client, step)
+        parts = self._parts(rows, ("dropout", a.round, a.client, step))
         while True:
-            loss = self._gradients(job, rows, targets, seed, scale)
-            norm = torch.linalg.vector_norm(torch.stack([p.grad.norm() for p in params if p.grad is not None]))
+            loss = self._gradients(job, parts, targets, scale)
+            norm = self.norm(params)
             if scale <= 1.0 or bool(torch.isfinite(norm)) or not np.isfinite(loss):
                 break
             scale /= 2
         good = bool(np.isfinite(loss)) and bool(torch.isfinite(norm))
         if settings.grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(params, settings.grad_norm)
+            self.clip(params, settings.grad_norm, norm)
         job.correct(good=good)
         optimizer.param_groups[0]["lr"] = a.lr * lr_factor(settings, step, client.steps)
-        whole = [torch.ones(p.shape[0] if p.dim() else (), dtype=torch.bool, device=p.device) for p in params]
-        with optimizers.keeping(optimizer, params, None if good else whole):
+        with contextlib.nullcontext() if good else optimizers.standing_still(optimizer, params):
             optimizer.step()
         client.count(loss, targets, [self.tokens.length(n) for n in rows], good=good)
         return scale
 
-    def _gradients(self, job: "_Job", rows: np.ndarray, targets: int, seed: int, scale: float) -> float:
+    def _parts(self, rows: np.ndarray, address: tuple[str | int, ...]) -> list[Part]:
+        """Return the step's rows, cut into forward passes, each with dropout masks of its own."""
+        size = self.part_rows(len(rows))
+        firsts = range(0, len(rows), size)
+        return [Part(rows[first : first + size], derive(self.seed, *address, first)) for first in firsts]
+
+    def part_rows(self, rows: int) -> int:
+        """Return how many of a step's rows share a forward pass."""
+        return self.plan.micro_rows
+
+    def _gradients(self, job: Job, parts: Sequence[Part], targets: int, scale: float) -> float:
         """Fill the gradients of a step and return its loss: the token mean over all its rows."""
         for p in job.params.values():
             p.grad = torch.zeros_like(p)
         if not targets:
             return float("nan")
-        total = 0.0
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed)
-            for first in range(0, len(rows), self.plan.micro_rows):
-                part = rows[first : first + self.plan.micro_rows]
-                predicted = self.task.predict(self.carrier.model, self.tokens, part, self.device)
-                nats = predicted.losses().sum() / targets
-                torch.autograd.backward(nats * scale)
-                total += float(nats.detach().double())
+        total = self.descended(parts, targets, scale)
         if job.rule.penalty is not None and (penalty := job.rule.penalty(job.factors()).sum()).requires_grad:
             torch.autograd.backward(penalty * scale)
         for p in job.params.values():
@@ -147,7 +170,18 @@ class PeftModelEngine(LocalEngine):
                 p.grad.div_(scale)
         return total
 
-    def scores(self, adapters: Sequence[Adapter], work: Work, rows: int) -> list[Score]:
+    def descended(self, parts: Sequence[Part], targets: int, scale: float) -> float:
+        """Add the gradients of a step's rows, times the loss scale; return the sum of their losses over `targets`."""
+        return sum(self.descend(self.carrier.model, part, targets, scale, self.device) for part in parts)
+
+    def descend(self, model: Any, part: Part, targets: int, scale: float, device: torch.device) -> float:
+        """Add one part's gradients to those of a model on a device; return its share of the step's loss."""
+        with seeded(device, part.seed):
+            nats = self.task.predict(model, self.tokens, part.rows, device).losses().sum() / targets
+            torch.autograd.backward(nats * scale)  # inside: checkpointing draws again
+        return float(nats.detach().double())
+
+    def _scores(self, adapters: Sequence[Adapter], work: Work, rows: int) -> list[Score]:
         """Return what adapters[a] come to on the given rows, for each (a, row numbers) of the work."""
         found = [Score()] * len(work)
         for a, adapter in enumerate(adapters):
@@ -193,35 +227,3 @@ class PeftModelEngine(LocalEngine):
 
     def close(self) -> None:
         """Nothing to put back: PEFT keeps the model."""
-
-
-@dataclass(slots=True)
-class _Job:
-    """One client's local training while it runs: what trains, under which rule."""
-
-    client: Local
-    params: Mapping[str, Tensor]
-    """flat name -> parameter, of what trains this round"""
-    rule: LocalRule
-    anchor: Mapping[str, Tensor]
-    correction: Mapping[str, Tensor] = field(default_factory=dict)
-    gradients: dict[str, Tensor] = field(default_factory=dict)
-    """Sums over good steps, where the rule asks for their mean"""
-
-    def factors(self) -> Factors:
-        """Return what a penalty looks at, as a cohort of one."""
-        ranks = {n.removesuffix("/A"): torch.tensor([len(p)], device=p.device) for n, p in self._start("/A").items()}
-        now = {name: p[None] for name, p in self.params.items()}
-        return Factors(now, {name: t[None] for name, t in self.anchor.items()}, ranks)
-
-    def _start(self, ending: str) -> dict[str, Tensor]:
-        return {n: t for n, t in self.client.start.tensors().items() if n.endswith(ending)}
-
-    def correct(self, *, good: bool) -> None:
-        """Add up the clipped gradients of a good step, and correct them as the rule says."""
-        for name, p in self.params.items():
-            assert p.grad is not None
-            if self.rule.mean_gradient and good:
-                self.gradients[name] = self.gradients.get(name, torch.zeros_like(p.grad)) + p.grad
-            if name in self.correction:
-                p.grad.add_(self.correction[name])
