@@ -44,8 +44,8 @@ format: $(VENV)/.ready ## let ruff rewrite
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-bench: $(VENV)/.ready ## ours beside a Trainer and a loop per client, as ratios in one run
-	@$(BIN)/python benchmarks/train.py --quick
+bench: $(VENV)/.ready ## ours beside others' ways, as ratios in one run, in ten minutes (benchmarks/README.md)
+	@$(BIN)/python benchmarks/all.py
 
 clean: ## remove the environment and caches
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis

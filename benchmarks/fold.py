@@ -12,14 +12,11 @@ pairs of all others: for the seven projections of one layer of a Llama-like mode
     python benchmarks/fold.py types --flat     products without a decaying spectrum, the hard case
     python benchmarks/fold.py few --quick      one matrix of two shapes, no memory
 
-Ratios within one run are the result; seconds depend on the machine. Writes benchmarks/results/fold-<date>-<case>-*.
+Ratios within one run are the result; seconds depend on the machine. Writes benchmarks/results/<date>-fold-<case>-*.
 """
 
 import argparse
-import datetime
-import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -29,10 +26,12 @@ from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the command line does
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from torch import Tensor
 
+from benchmarks import machine
 from sheepfold.adapter import LoraPair
 from sheepfold.products import ProductSum
 
@@ -229,6 +228,7 @@ def main() -> None:
     parser.add_argument("--flat", action="store_true", help="products without a decaying spectrum")
     parser.add_argument("--repeat", type=int, default=3, help="the median of this many")
     parser.add_argument("--quick", action="store_true", help="q and gate alone, no memory")
+    parser.add_argument("--out", type=Path, default=machine.RESULTS)
     parser.add_argument("--memory", nargs=3, metavar=("WAY", "D_OUT", "D_IN"), help="print one way's peak in MiB")
     args = parser.parse_args()
     case = CASES[args.case]
@@ -251,14 +251,15 @@ def main() -> None:
 
 
 def write(args: argparse.Namespace, case: Case, rows: list[Row], resident: dict[str, dict[str, float]]) -> None:
-    """Print the table and write it beside this file, dated, with the machine."""
-    machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
-    today, spectrum = datetime.date.today().isoformat(), "flat" if args.flat else "decaying"
-    lines = [f"# Folding {case.clients} clients of mixed ranks, {today}, width {case.width}, {spectrum} products", ""]
+    """Print the table and write it down, dated, with the machine."""
+    spectrum = "flat" if args.flat else "decaying"
+    lines = [f"# Folding {case.clients} clients of mixed ranks, {machine.today()}", ""]
     lines += [
-        f"{machine}; float32; load average {os.getloadavg()[1]:.1f}, with what others ran; median of {args.repeat}."
+        f"Width {case.width}, {spectrum} products; {machine.describe()}; {machine.load()}; float32; "
+        f"median of {args.repeat}.",
+        LEGEND,
+        *HEAD,
     ]
-    lines += [LEGEND, *HEAD]
     for r in rows:
         parts = [f"{took.sum:.2f} + {took.wall - took.sum:.2f}" for took in (r.svd, r.ours)]
         ratios = [f"{r.svd.wall / r.ours.wall:.1f}", f"{r.svd.cpu / r.ours.cpu:.1f}"]
@@ -273,14 +274,7 @@ def write(args: argparse.Namespace, case: Case, rows: list[Row], resident: dict[
     if resident:
         lines += [MEMORY, "| shape | svd | ours |", "|---|---:|---:|"]
         lines += [f"| {shape} | {ways['svd']:.0f} | {ways['ours']:.0f} |" for shape, ways in resident.items()]
-    text = "\n".join(lines) + "\n"
-    print("\n" + text)
-    folder = Path(__file__).parent / "results"
-    folder.mkdir(exist_ok=True)
-    stem = f"fold-{today}-{args.case}-{spectrum}" + "-quick" * args.quick
-    (folder / f"{stem}.md").write_text(text)
     facts = {
-        "machine": machine,
         "load": os.getloadavg(),
         "arguments": vars(args),
         "case": asdict(case),
@@ -289,7 +283,7 @@ def write(args: argparse.Namespace, case: Case, rows: list[Row], resident: dict[
         "rows": [asdict(row) for row in rows],
         "peak_mib": resident,
     }
-    (folder / f"{stem}.json").write_text(json.dumps(facts, indent=1) + "\n")
+    machine.write(f"fold-{args.case}-{spectrum}" + "-quick" * args.quick, "\n".join(lines) + "\n", facts, args.out)
 
 
 if __name__ == "__main__":
