@@ -171,12 +171,13 @@ def test_what_a_run_takes_was_foreseen_when_its_base_was_loaded(at_ease: Path) -
 
 @pytest.mark.slow
 def test_memory_is_flat_over_rounds_and_over_clients_that_are_not_sampled(base: Path, tmp_path: Path) -> None:
-    over = {"federation.clients_per_round": 8, "evaluation.every": 0, "federation.rounds": 6, "data.eval_share": 0.2}
+    over = {"federation.clients_per_round": 8, "evaluation.every": 0, "federation.rounds": 12, "data.eval_share": 0.2}
     peaks = {}
     for clients in (10, 400):
         folder = tmp_path / str(clients)
         sizes = {"data.partition.clients": clients, "data.rows": 5 * clients}
         assert run(folder, base, **over | sizes) == 0
         peaks[clients] = [line["memory"]["peak"] for line in journal(folder)[1:]]
-        assert peaks[clients][-1] < 1.05 * peaks[clients][1]
+        # freed memory is used again, but in the first rounds not all of it: what must not grow is what comes after
+        assert max(peaks[clients][8:]) < 1.05 * max(peaks[clients][4:8])
     assert peaks[400][-1] < 1.1 * peaks[10][-1], "one client's numbers would be as much again after three"
