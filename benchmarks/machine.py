@@ -71,34 +71,6 @@ def matmul_numbers(model: nn.Module) -> int:
     return sum(p.numel() for part in parts for p in part.parameters(recurse=False))
 
 
-def forget_peak(device: torch.device) -> None:
-    """Begin to watch this process's peak memory anew."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_mib(device: torch.device) -> float:
-    """Return the most memory that this process held since then: the device's, or on a CPU resident memory; MiB."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return _status("VmHWM")
-
-
-def held_mib(device: torch.device) -> float:
-    """Return what this process holds now, MiB."""
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device) / 2**20
-    return _status("VmRSS")
-
-
-def _status(key: str) -> float:
-    """Return a line of /proc/self/status in MiB; raises OSError where the system has none."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{key}:"))
-
-
 def today() -> str:
     """Return the date for names of results."""
     return datetime.date.today().isoformat()

@@ -40,7 +40,7 @@ import torch  # noqa: E402
 
 from benchmarks import machine, synthetic  # noqa: E402
 from benchmarks.ways import STAGES  # noqa: E402
-from sheepfold import simulation  # noqa: E402
+from sheepfold import memory, simulation  # noqa: E402
 from sheepfold import state as states  # noqa: E402
 from sheepfold.config import build  # noqa: E402
 from sheepfold.engines.cohort import CohortEngine  # noqa: E402
@@ -136,7 +136,7 @@ def run(clients: int, args: argparse.Namespace) -> list[dict[str, Any]]:
                 now = time.perf_counter()
                 told = {"whole": now - last, "parts": clock.take(), "seconds": dict(facts["seconds"])}
                 [latest] = Path(folder).glob("runs/*/state/latest.safetensors")
-                told |= {"held_mib": machine.held_mib(torch.device("cpu")), "state_bytes": latest.stat().st_size}
+                told |= {"held_mib": memory.in_use(torch.device("cpu")) / 2**20, "state_bytes": latest.stat().st_size}
                 found.append(told)
                 last = time.perf_counter()
 

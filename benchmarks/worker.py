@@ -19,7 +19,10 @@ from torch import Tensor
 from benchmarks import machine
 from benchmarks.ways import STAGES, WAYS, Trained
 from benchmarks.workloads import NotHere, Setting, workload
+from sheepfold import memory
 from sheepfold.errors import SheepfoldError
+
+MIB = 2**20
 
 PRELOADED = ["benchmarks.worker", "transformers.models.llama.modeling_llama", "transformers.trainer", "peft"]
 """What every process has imported before it begins, so that each starts in no time and none is larger for it"""
@@ -128,7 +131,9 @@ def _serve(pipe: Any, way: str, setting: Setting, threads: int) -> None:
         train, base = WAYS[way](work)
         gc.collect()
         took = time.perf_counter() - began
-        pipe.send(Ready(machine.held_mib(base.device), took, str(base.device), str(base.dtype).removeprefix("torch.")))
+        pipe.send(
+            Ready(memory.in_use(base.device) / MIB, took, str(base.device), str(base.dtype).removeprefix("torch."))
+        )
         while (order := pipe.recv()) is not None:
             lap, done = _lap(train, base.device)
             if isinstance(order, Path):
@@ -145,13 +150,13 @@ def _serve(pipe: Any, way: str, setting: Setting, threads: int) -> None:
 
 def _lap(train: Any, device: torch.device) -> tuple[Lap, Trained]:
     gc.collect()
-    machine.forget_peak(device)
+    memory.forget_peak(device)
     machine.wait(device)
     began, began_cpu = time.perf_counter(), time.process_time()
     done = train()
     machine.wait(device)
     lap = Lap(
-        time.perf_counter() - began, time.process_time() - began_cpu, dict(done.seconds), machine.peak_mib(device)
+        time.perf_counter() - began, time.process_time() - began_cpu, dict(done.seconds), memory.peak(device) / MIB
     )
     return lap, done
 

@@ -7,6 +7,7 @@ Activations are bounded by the plan's tokens a forward pass, whatever the number
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from torch import nn
 
@@ -84,6 +85,7 @@ def need_of(
     train, method = experiment.train, experiment.adapter.method
     by_tokens = train.engine == "cohort"
 
+    @cache  # asked again in every round, of the same plan
     def activations(most_tokens: int, most_rows: int) -> int | None:
         if not len(tokens.lengths()) or train.sharding != "none":  # a process's share goes by how many there are
             return None

@@ -120,20 +120,19 @@ class Pass:
 
     def _step(self, step: int) -> None:
         sums, norms = self._gradients(step)
-        losses, sizes = torch.stack(
-            [sums.loss, norms.double()]
-        ).tolist()  # the one time in a step that a GPU is waited for
+        # here, once a step, a GPU is waited for
+        losses, sizes = torch.stack([sums.loss, norms.double()]).tolist()
         taken = [math.isfinite(loss) and math.isfinite(size) for loss, size in zip(losses, sizes, strict=True)]
-        good, every = torch.tensor(taken, device=self.engine.device), all(taken)
+        bad = None if all(taken) else ~torch.tensor(taken, device=self.engine.device)
         bound = self.engine.settings.grad_norm
         grad = self._grad()
         if bound is not None:
             grad.mul_((bound / (norms + 1e-6)).clamp(max=1.0)[:, None].to(grad.dtype))
         if self.gradients is not None:
-            self.gradients.add_(grad if every else grad.where(good[:, None], 0))
+            self.gradients.add_(grad if bad is None else grad.masked_fill(bad[:, None], 0))
         if self.correction is not None:
             grad.add_(self.correction)
-        with optimizers.keeping(self.optimizer, [self.stack.flat], None if every else [~good]):
+        with optimizers.keeping(self.optimizer, [self.stack.flat], None if bad is None else [bad]):
             self._optimize(step)
         grad.zero_()
         for k, client in enumerate(self.clients):

@@ -135,10 +135,9 @@ def _of_each(vectors: Tensor, index: Tensor) -> Tensor:
 
 def _one_by_one(x: Tensor, matrices: Tensor, index: Tensor) -> Tensor:
     """Return each row of x through its client's matrix, client after client: no row gets a copy of the matrix."""
-    if x.dim() == 2 or len(index) != len(x):
-        x = x.view(len(index), -1, x.shape[-1])
     if len(matrices) == 1:
         return F.linear(x, matrices[0])
+    x = Rows(index).rows(x)
     order = torch.argsort(index, stable=True)
     parts = torch.split(x[order], torch.bincount(index, minlength=len(matrices)).tolist())
     done = torch.cat([F.linear(part, matrix) for part, matrix in zip(parts, matrices, strict=True)])

@@ -45,9 +45,8 @@ class Rows:
 
     def rows(self, x: Tensor) -> Tensor:
         """See Owners; beams and pooled rows have one vector each."""
-        return (
-            x if x.dim() == 3 and x.shape[0] == self.index.shape[0] else x.reshape(self.index.shape[0], -1, x.shape[-1])
-        )
+        rows = self.index.shape[0]
+        return x if x.dim() == 3 and x.shape[0] == rows else x.reshape(rows, -1, x.shape[-1])
 
     def spread(self, numbers: float | Tensor) -> float | Tensor:
         """See Owners."""
