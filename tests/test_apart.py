@@ -12,6 +12,7 @@ from sheepfold.errors import CheckpointError, ConfigError
 from sheepfold.peft_io import read_peft
 from tests import encoders, runs, small
 from tests.apart import Apart
+from tests.marks import mostly_slow
 from tests.strategies.test_fedkd import kd, shelf  # noqa: F401, a fixture
 from tests.test_stateful import METHODS, method
 
@@ -34,6 +35,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "flora, narrow": METHODS["flora"] | NARROW,
     "epochs": {"train.epochs": 1, "train.steps": None},
 }
+QUICK = ["fedavg", "hetlora", "slora", "fedadam x fedsa", "ia3", "fedkseed", "keep_local", "scaffold, narrow"]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -83,7 +85,7 @@ def same(here: simulation.Outcome, there: simulation.Outcome) -> None:
     assert there.state.hash() == here.state.hash()
 
 
-@pytest.mark.parametrize("name", [*METHODS, *OTHERS])
+@pytest.mark.parametrize("name", mostly_slow(METHODS | OTHERS, QUICK))
 def test_a_run_apart_comes_to_the_same_bits(name, base, tmp_path):
     made = tiny(tmp_path, base, **(METHODS | OTHERS)[name])
     same(simulation.run(made), simulation.run(made, place=Apart(tmp_path / "apart")))

@@ -35,7 +35,8 @@ FILE_NAME = re.compile(r"\A# (?P<name>[\w./-]+\.\w+)\n")
 SMALLER = {
     "recipes/demo.yaml": (
         "data.partition.holdout_per_category=1",
-        "train.steps=2",
+        "train.steps=1",
+        "train.batch_rows=2",
         "evaluation.rows_per_client=2",
         "evaluation.generation.max_new_tokens=4",
     )

@@ -15,6 +15,7 @@ import pytest
 from sheepfold.adapter import Adapter
 from sheepfold.local.store import ClientStore
 from tests import small
+from tests.marks import mostly_slow
 from tests.runs import MEASURED, experiment
 
 OPTIONS = [
@@ -42,14 +43,21 @@ def finish(process: subprocess.Popen) -> str:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory) -> tuple[str, float, Path]:
+def whole(tmp_path_factory) -> tuple[str, Path]:
+    """The final adapter's hash of an uninterrupted run, and its folder."""
     folder = tmp_path_factory.mktemp("whole")
-    finish(start(folder))  # fills the token cache
+    return finish(start(folder)), folder
+
+
+@pytest.fixture(scope="module")
+def seconds(whole) -> float:
+    """What an uninterrupted run takes that finds its tokens."""
     began = time.perf_counter()
-    return finish(start(folder)), time.perf_counter() - began, folder
+    assert finish(start(whole[1])) == whole[0]
+    return time.perf_counter() - began
 
 
-def test_a_run_killed_in_the_middle_resumes_to_the_same_bits(uninterrupted, tmp_path):
+def test_a_run_killed_in_the_middle_resumes_to_the_same_bits(whole, tmp_path):
     process = start(tmp_path)
     for line in process.stdout:
         if json.loads(line).get("round") == 3:
@@ -58,7 +66,7 @@ def test_a_run_killed_in_the_middle_resumes_to_the_same_bits(uninterrupted, tmp_
     process.wait()
     journal = (tmp_path / "runs" / "demo" / "rounds.jsonl").read_text().splitlines()
     assert 4 <= len(journal) < 7
-    assert finish(start(tmp_path, "--resume")) == uninterrupted[0]
+    assert finish(start(tmp_path, "--resume")) == whole[0]
     assert [
         json.loads(j)["round"] for j in (tmp_path / "runs" / "demo" / "rounds.jsonl").read_text().splitlines()
     ] == list(range(7))
@@ -66,8 +74,8 @@ def test_a_run_killed_in_the_middle_resumes_to_the_same_bits(uninterrupted, tmp_
 
 @pytest.mark.slow
 @pytest.mark.parametrize("trial", range(20))
-def test_twenty_random_kills_change_no_bit(uninterrupted, tmp_path, trial):
-    expected, seconds, _ = uninterrupted
+def test_twenty_random_kills_change_no_bit(whole, seconds, tmp_path, trial):
+    expected, _ = whole
     process = start(tmp_path)
     time.sleep(random.Random(trial).uniform(0.3, 1.0) * seconds)
     process.send_signal(signal.SIGKILL)
@@ -179,21 +187,21 @@ def killed_and_resumed(begin, method: str, folder: Path, seconds: float, kills: 
     return hit
 
 
-@pytest.mark.parametrize("method", STATEFUL)
+@pytest.mark.parametrize("method", mostly_slow(STATEFUL, quick=["scaffold"]))
 def test_what_clients_keep_belongs_to_the_round_that_a_killed_run_resumes_from(
     method, run_in_a_process, unkilled, tmp_path
 ):
-    whole, seconds = unkilled(method)
+    expected, seconds = unkilled(method)
     draw = random.Random(method)
     assert killed_and_resumed(run_in_a_process, method, tmp_path, seconds, 3, draw) >= 1
-    assert left(tmp_path) == left(whole)
+    assert left(tmp_path) == left(expected)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", STATEFUL)
 @pytest.mark.parametrize("trial", range(12))
 def test_stateful_methods_survive_many_kills(method, trial, run_in_a_process, unkilled, tmp_path):
-    whole, seconds = unkilled(method)
+    expected, seconds = unkilled(method)
     draw = random.Random(f"{method} {trial}")
     killed_and_resumed(run_in_a_process, method, tmp_path, seconds, 1 + trial % 4, draw)
-    assert left(tmp_path) == left(whole)
+    assert left(tmp_path) == left(expected)

@@ -121,7 +121,8 @@ def test_a_pass_that_does_not_fit_is_halved_said_once_and_gives_the_same(at_ease
     assert kept.clients_per_pass == 4
 
 
-@pytest.mark.parametrize("kill_at", ["halved", pytest.param("round", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kill_at", ["halved", "round"])
 def test_a_run_killed_after_halving_resumes_to_the_same_bits_even_with_room(
     kill_at: str, base: Path, short: Path, tmp_path: Path
 ) -> None:

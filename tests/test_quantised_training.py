@@ -18,6 +18,7 @@ from sheepfold.messages import Update
 from sheepfold.models import config_only, load_base
 from sheepfold.peft_io import read_peft
 from tests import small
+from tests.marks import mostly_slow
 from tests.runs import experiment
 
 pytest.importorskip("bitsandbytes", reason="the extra quant is not installed")
@@ -73,7 +74,7 @@ def test_a_cohort_equals_plain_peft_over_a_quantised_base(folder, bits):
     assert min(small.gap(ours[w.client].adapter, w.adapter) for w in work) > 1e-3
 
 
-@BOTH
+@USUAL
 def test_sixteen_clients_together_equal_each_of_them_alone(folder, bits):
     from sheepfold.state import BatchPlan
 
@@ -165,7 +166,7 @@ def test_what_a_quantised_base_takes_is_known_before_it_is_loaded(folder, bits):
 
 
 @USUAL
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", mostly_slow(["float16", "bfloat16"], quick=["float16"]))
 def test_half_precision_over_a_quantised_base_loses_no_step(folder, bits, dtype):
     base = base_of(folder, bits, dtype)
     assert {p.dtype for p in base.parameters() if p.is_floating_point()} == {getattr(torch, dtype)}

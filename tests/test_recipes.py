@@ -9,6 +9,7 @@ import torch
 from sheepfold import simulation
 from sheepfold.config import load
 from tests import encoders
+from tests.marks import mostly_slow
 
 RECIPES = {path.stem: path for path in sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))}
 
@@ -68,6 +69,7 @@ SMALL = {
     "fedkd-sst2": {"data.path": "sst2", "data.rows": 120, "data.max_tokens": 32},
 }
 """Recipe -> further options; a data.path is one of the shared folder's."""
+QUICK = ["flexlora-normal", "fs-llm-gsm8k", "fs-llm-offsite-dolly", "shepherd-dolly", "fedkseed-dolly", "fedkd-sst2"]
 
 CLIENTS = {
     **{name: 10 for name in RECIPES if name.startswith("flexlora-")},
@@ -185,7 +187,7 @@ def test_the_demo_runs_small(tmp_path):
 
 
 @pytest.mark.lab
-@pytest.mark.parametrize("name", [name for name in SMALL if "data.path" in SMALL[name]])
+@pytest.mark.parametrize("name", mostly_slow([name for name in SMALL if "data.path" in SMALL[name]], QUICK))
 def test_a_recipe_runs_small_on_shared_data(name, lab, tmp_path):
     path = str(lab / "data" / str(SMALL[name]["data.path"]))
     run_small(name, tmp_path, **SMALL[name] | {"data.path": path})

@@ -30,6 +30,7 @@ from sheepfold.strategies.hetlora import RANKS
 from sheepfold.wire.ends import terms, written
 from sheepfold.wire.packing import pack
 from tests import small
+from tests.marks import mostly_slow
 from tests.runs import MEASURED, experiment
 
 MIXED = {"adapter.rank": 8, "adapter.ranks": [2, 4, 8, 4]}
@@ -78,6 +79,12 @@ METHODS: dict[str, Over] = {
     "fedyogi x fed_sb": method("fedyogi", "fed_sb", server_lr=0.01),
     "fedavgm x scaffold x fedprox": method("fedavgm", "scaffold", "fedprox", "fedavg", mu=20.0),
 }
+
+QUICK = {
+    "fedprox", "scaffold", "flora", "fedex", "flexlora", "hetlora", "heterolora", "ffa_lora", "rolora", "fed_sb",
+    "slora, keeping", "fedadam x fedsa",
+}  # fmt: skip
+"""Methods of the plain suite: one of each kind, alone or around another"""
 
 OTHER_LOSS = 1e-4
 """Nats by which the engines may differ in float32: a hundredth of what these runs learn in a round."""
@@ -183,7 +190,7 @@ def _names(over: Over) -> list[str]:
     return [strategy] if isinstance(strategy, str) else strategy
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", mostly_slow(METHODS, QUICK))
 def test_a_method_repeats_and_resumes_to_the_bit(name, ran, tmp_path, shared):
     over, first = METHODS[name], ran(name)
     lines, files = journal(first), kept(first)
@@ -207,7 +214,7 @@ SAME_CLIENTS = {"fedit", "fedopt", "fedyogi", "fedadagrad", "fedex, shortened", 
 """Methods whose clients do what those of another one do: tried on one engine."""
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name not in SAME_CLIENTS])
+@pytest.mark.parametrize("name", mostly_slow([n for n in METHODS if n not in SAME_CLIENTS], QUICK))
 def test_both_engines_learn_the_same_and_send_the_same(name, ran, tmp_path, shared):
     slower = simulation.run(tiny(tmp_path, shared, **METHODS[name], **{"train.engine": "peft_model"}))
     for ours, theirs in zip(journal(ran(name)), journal(slower), strict=True):
@@ -220,7 +227,7 @@ def test_both_engines_learn_the_same_and_send_the_same(name, ran, tmp_path, shar
             assert loss == pytest.approx(theirs["held_out"]["clients"][client], abs=OTHER_LOSS), client
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if "fedsa" not in name])
+@pytest.mark.parametrize("name", mostly_slow([n for n in METHODS if "fedsa" not in n], QUICK - {"fedadam x fedsa"}))
 def test_what_is_exported_is_what_was_evaluated_last(name, ran, tmp_path, shared):
     """Of fedsa the global adapter alone is the base: what its clients are evaluated with is in test_personal.py."""
     outcome = ran(name)

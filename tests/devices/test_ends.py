@@ -46,6 +46,7 @@ def rounds(folder: Path) -> int:
     return len(journal.read_bytes().splitlines()) if journal.exists() else 0
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_run_and_one_process_goes_on_with_it(base, tmp_path):
     long = METHODS["scaffold"] | {"federation.rounds": 60, "keep_rounds": None}
     file, _ = experiment(tmp_path, base, **long)

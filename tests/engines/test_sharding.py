@@ -6,7 +6,6 @@ not.
 
 import importlib.util
 import json
-from functools import cache
 from typing import Any
 
 import pytest
@@ -21,9 +20,6 @@ from tests.test_cli import typed
 
 FSDP = [name for name, asked in CASES.items() if asked["sharding"] == "fsdp"]
 ZERO = [name for name, asked in CASES.items() if asked["sharding"] == "deepspeed"]
-QUICK = ("lora", "full")
-"""Cases of the plain suite"""
-EACH = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in FSDP]
 
 
 def told(*cases: str) -> dict[str, dict[str, Any]]:
@@ -34,19 +30,16 @@ def told(*cases: str) -> dict[str, dict[str, Any]]:
     return {line["what"]: line for line in lines}
 
 
-@cache
-def together(quick: bool) -> dict[str, dict[str, Any]]:
-    return told(*(name for name in FSDP if (name in QUICK) == quick))
+@pytest.fixture(scope="module")
+def cut() -> dict[str, dict[str, Any]]:
+    """What two processes told of every case of FSDP."""
+    return told(*FSDP)
 
 
-def cut(what: str) -> dict[str, Any]:
-    """Return what two processes told of one case of FSDP."""
-    return together(what in QUICK)[what]
-
-
-@pytest.mark.parametrize("what", [case for case in EACH if case.values != ("overflow",)])
-def test_two_processes_with_half_of_the_model_each_are_one(what):
-    found = cut(what)
+@pytest.mark.slow
+@pytest.mark.parametrize("what", [case for case in FSDP if case != "overflow"])
+def test_two_processes_with_half_of_the_model_each_are_one(cut, what):
+    found = cut[what]
     close = 1e-10 if "dtype" in CASES[what] else 5e-5
     assert found["gap"] < close
     assert found["loss"] < close
@@ -54,16 +47,17 @@ def test_two_processes_with_half_of_the_model_each_are_one(what):
     assert found["answers"], "generated answers differ"
 
 
-@pytest.mark.parametrize("what", EACH)
-def test_each_process_holds_half_of_the_numbers(what):
-    found = cut(what)
+@pytest.mark.slow
+@pytest.mark.parametrize("what", FSDP)
+def test_each_process_holds_half_of_the_numbers(cut, what):
+    found = cut[what]
     assert "DTensor" in found["kinds"]
     assert found["held"] == pytest.approx(found["of"] / 2, rel=0.01)
 
 
 @pytest.mark.slow
-def test_a_step_that_overflows_is_left_out_in_all_processes_alike():
-    ours, alone = cut("overflow")["skipped"], cut("overflow")["reasons"]
+def test_a_step_that_overflows_is_left_out_in_all_processes_alike(cut):
+    ours, alone = cut["overflow"]["skipped"], cut["overflow"]["reasons"]
     assert ours[0] == ours[1]
     assert alone[0] == alone[1]
     assert any(map(any, ours)) or any(alone[0]), "nothing overflowed"

@@ -12,6 +12,7 @@ from sheepfold.messages import Absence
 from tests import runs
 from tests.far.fleet import Fleet, ServerDies, experiment
 from tests.far.scripted import EVER, Life, Stuck
+from tests.marks import mostly_slow
 
 
 def lines(folder: Path) -> list[dict]:
@@ -41,7 +42,7 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", mostly_slow(METHODS, quick=["fedsa, int8", "peft_model"]))
 def test_three_machines_come_to_what_one_process_comes_to(tmp_path, name):
     asked = experiment(tmp_path, **METHODS[name])
     here = simulation.run(asked.model_copy(update={"name": "here"}))
@@ -64,12 +65,16 @@ def test_the_closing_table_is_that_of_one_process(tmp_path):
             assert there.scores[measure][client] == pytest.approx(rows[client], rel=1e-5)
 
 
-@pytest.mark.parametrize(("name", "after"), [("fedavg", 4), ("fedsa, int8", 10), ("scaffold", 9)])
-def test_a_server_that_dies_in_a_round_goes_on_to_the_same_bits(tmp_path, name, after):
+DIES_AFTER = {"fedavg": 4, "fedsa, int8": 10, "scaffold": 9}
+"""Method -> replies that the server sees"""
+
+
+@pytest.mark.parametrize("name", mostly_slow(DIES_AFTER, quick=["scaffold"]))
+def test_a_server_that_dies_in_a_round_goes_on_to_the_same_bits(tmp_path, name):
     asked = experiment(tmp_path, **METHODS[name])
     here = simulation.run(asked.model_copy(update={"name": "here"}))
     fleet = Fleet(tmp_path)
-    fleet.dies_after = after
+    fleet.dies_after = DIES_AFTER[name]
     with pytest.raises(ServerDies):
         simulation.run(asked, place=fleet.place())
     there = simulation.run(asked, resume=True, place=fleet.place(resume=True))
@@ -119,7 +124,7 @@ class Replay:
         return Replayed(parts, folder, listener, self.journal)
 
 
-@pytest.mark.parametrize("name", ["fedsa, int8", "scaffold", "ditto"])
+@pytest.mark.parametrize("name", mostly_slow(["fedsa, int8", "scaffold", "ditto"], quick=["scaffold"]))
 def test_an_update_that_did_not_count_leaves_no_trace(tmp_path, name):
     """Bob is late in two rounds, and his machine has kept what it learned then."""
     options = {"network.quorum": 0.6, "network.deadline": 10, "federation.clients_per_round": 3}

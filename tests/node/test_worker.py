@@ -13,6 +13,7 @@ from sheepfold.peft_io import read_peft
 from sheepfold.wire import blob
 from sheepfold.wire.unpacking import unpack_letter
 from tests import small
+from tests.marks import mostly_slow
 from tests.node.nodes import RUN_ID, experiment, lines
 
 
@@ -30,7 +31,7 @@ METHODS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", mostly_slow(METHODS, quick=["scaffold, int8"]))
 def test_machines_come_to_what_one_process_comes_to_over_the_same_files(barn, tmp_path, method):
     asked = experiment(tmp_path, **METHODS[method])
     here = simulation.run(asked.model_copy(update={"name": "here"}))
