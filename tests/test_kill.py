@@ -15,12 +15,11 @@ import pytest
 from sheepfold.adapter import Adapter
 from sheepfold.local.store import ClientStore
 from tests import small
-from tests.marks import mostly_slow
 from tests.runs import MEASURED, experiment
 
 OPTIONS = [
     "data.rows=96", "data.max_tokens=64", "data.partition.by=shards", "data.partition.clients=4", "adapter.rank=4",
-    "adapter.dropout=0.1", "train.steps=6", "train.batch_rows=4", "federation.rounds=6",
+    "adapter.dropout=0.1", "train.steps=3", "train.batch_rows=2", "federation.rounds=6",
     "federation.clients_per_round=3", "federation.strategy=fedavg", "stop.key=loss.weighted",
     "stop.patience=9", "baselines=[]",
     "evaluation.metrics=[]",
@@ -187,7 +186,8 @@ def killed_and_resumed(begin, method: str, folder: Path, seconds: float, kills: 
     return hit
 
 
-@pytest.mark.parametrize("method", mostly_slow(STATEFUL, quick=["scaffold"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("method", STATEFUL)
 def test_what_clients_keep_belongs_to_the_round_that_a_killed_run_resumes_from(
     method, run_in_a_process, unkilled, tmp_path
 ):

@@ -92,14 +92,14 @@ def test_the_best_pair_is_as_near_as_any_of_its_rank_and_so_is_its_beginning(coh
 def test_rows_of_a_are_orthonormal_and_columns_of_b_orthogonal_and_descending(cohort, dtype):
     shape = mean(cohort).shape
     found = total(cohort, dtype).best_rank(min(shape), 0.5)
-    tolerance = 1e-4 if dtype == torch.float32 else 1e-10  # a small singular value's vectors feel its condition
     rows, columns = (found.A @ found.A.T).double(), (found.B.T @ found.B).double()
-    kept = torch.diag((found.A != 0).any(1).double())
-    assert (rows - kept).abs().max() < tolerance
-    assert (columns - columns.diag().diag()).abs().max() <= tolerance * columns.max()
-    lengths = columns.diag().sqrt()
-    assert (lengths[1:] <= lengths[:-1] + tolerance * lengths[0]).all()
-    assert (lengths[~found.A.any(1)] == 0).all()
+    lengths, kept = columns.diag().sqrt(), found.A.any(1)
+    rounding = ROUNDING[dtype]
+    feels = rounding * (1 + lengths[0] / lengths[kept])  # vectors of a small singular value feel its condition
+    assert ((rows - torch.eye(len(rows)))[kept][:, kept].abs() <= torch.maximum(feels, feels[:, None])).all()
+    assert (columns - columns.diag().diag()).abs().max() <= rounding * columns.max()
+    assert (lengths[1:] <= lengths[:-1] + rounding * lengths[0]).all()
+    assert (lengths[~kept] == 0).all()
 
 
 @many
