@@ -206,7 +206,7 @@ for name, command in COMMANDS.items():
 def main() -> None:
     """Run the command line; our own errors become one line and exit code 2."""
     # Threads that spin long for each other crawl where cores are shared, and ones that sleep at once crawl everywhere.
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     try:
         sys.exit(app(standalone_mode=False))
     except SheepfoldError as error:
