@@ -106,6 +106,12 @@ def parsed(words: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
+def stem(args: argparse.Namespace) -> str:
+    """Return the table's name: which bases, unless the usual ones, and whether in quick form."""
+    base = [Path(args.base.replace(":", "-")).name] if args.base else []
+    return "-".join(["memory", *base, *["quick"] * args.quick])
+
+
 def main() -> None:
     """Measure, print and write down."""
     args = parsed()
@@ -123,8 +129,7 @@ def main() -> None:
             print(*cells(found[-1]), flush=True)
     lines = [f"# Peak memory of runs, {machine.today()}", "", f"{machine.describe()}; {machine.load()}.", "", LEGEND]
     text = "\n".join([*lines, "", *machine.table(HEAD, [cells(f) for f in found]), ""])
-    marks = [Path(args.base.replace(":", "-")).name] * bool(args.base) + ["quick"] * args.quick
-    machine.write("-".join(["memory", *marks]), text, {"rows": found}, args.out)
+    machine.write(stem(args), text, {"rows": found}, args.out)
 
 
 if __name__ == "__main__":

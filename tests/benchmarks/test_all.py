@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from benchmarks import all as everything
@@ -51,3 +52,16 @@ def test_a_rounds_parts_are_all_found_and_leave_little_of_it(tmp_path):
     assert len(found) == 5
     assert set(round.PARTS) | {"training"} <= set(found[2]["parts"])
     assert "all beside training" in round.page({6: round.summary(found)}, args)
+
+
+@pytest.mark.parametrize(
+    ("words", "stem"),
+    [
+        ([], "memory"),
+        (["--quick"], "memory-quick"),
+        (["--base", "builtin:tiny"], "memory-builtin-tiny"),
+        (["--base", "/models/llama", "--quick"], "memory-llama-quick"),
+    ],
+)
+def test_a_table_of_memory_is_named_by_what_is_in_it(words, stem):
+    assert memory.stem(memory.parsed(words)) == stem
