@@ -25,7 +25,7 @@ demo: $(VENV)/.ready ## ten clients teach one adapter eight tasks, in about a mi
 test: $(VENV)/.ready ## the plain suite
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not slow and not browser and not network" tests
 
-test-slow: $(VENV)/.ready ## kill -9 at twenty random moments; Dolly
+test-slow: $(VENV)/.ready ## all cases of all methods; kill -9 at twenty random moments; Dolly
 	@$(BIN)/python -m pytest -m "slow and not network" tests
 
 test-browser: $(VENV)/.ready ## pages in headless Chromium

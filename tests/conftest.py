@@ -4,7 +4,7 @@ import importlib.util
 import os
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the command line does
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # as the command line does
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest

@@ -19,7 +19,7 @@ from sheepfold.answering.source import find
 from tests import runs
 
 TOKEN = "correct-horse-battery-staple"
-ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "SHEEPFOLD_TOKEN": TOKEN, "GOMP_SPINCOUNT": "1000"}
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "SHEEPFOLD_TOKEN": TOKEN, "GOMP_SPINCOUNT": "2000"}
 BODY_BYTES = 200_000
 LIMITS = {"body-bytes": BODY_BYTES, "body-seconds": 1, "new-tokens": 1000, "rows": 8, "waiting": 40, "connections": 60}
 
