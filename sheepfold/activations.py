@@ -23,6 +23,7 @@ from sheepfold.adapter import Adapter
 from sheepfold.config import AdapterSettings, TrainSettings
 from sheepfold.data.rows import TokenRows
 from sheepfold.engines.batches import Batch, Row
+from sheepfold.engines.recomputing import recomputing
 from sheepfold.offsite.cut import cut_in, trained
 from sheepfold.tasks.base import Task, widened
 
@@ -104,19 +105,23 @@ def activation_bytes(
     *,
     dtype: torch.dtype,
     together: bool,
+    recompute: bool = False,
 ) -> int | None:
     """Return the most bytes that one forward and backward pass over these rows has in use at once, beside weights.
 
-    model: on the meta device, left as it is; sites: what LoRA adapts; together: whether several clients share the pass.
+    model: on the meta device, left as it is; sites: what LoRA adapts; together: whether several clients share the pass;
+    recompute: whether blocks run again in the backward pass.
     None where the model's way depends on its numbers, so that shapes alone cannot tell (mixtures of experts).
     """
     batch = task.collate(tokens, [Row(n, 0) for n in rows]).to(META)
     adapted = tuple((name, tuple(t.shape)) for name, t in adapter.tensors().items())
-    how = (settings.model_dump_json(), train.engine, train.gradient_checkpointing, dtype, together)
+    how = (settings.model_dump_json(), train.engine, recompute, dtype, together)
     key = (str(model.config), tuple(sites), adapted, how, task.name, tuple(batch.ids.shape), len(batch.target))
     if key not in _counted:
-        made = functools.partial(_loss, _frozen(model, dtype), sites, adapter, settings, train, task, batch, together)
-        _counted[key] = _peak(made, grad=train.engine != "zeroth_order")
+        copied = _frozen(model, dtype)
+        made = functools.partial(_loss, copied, sites, adapter, settings, train, task, batch, together, recompute)
+        with recomputing([copied], recompute):
+            _counted[key] = _peak(made, grad=train.engine != "zeroth_order")
     return _counted[key]
 
 
@@ -159,12 +164,11 @@ def _loss(
     task: Task,
     batch: Batch,
     together: bool,
+    recompute: bool,
 ) -> Callable[[], Tensor]:
     """Return a function that gives the loss of a batch as the experiment's engine computes it."""
-    if train.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if train.engine == "cohort":
-        model.train(train.gradient_checkpointing)
+        model.train(recompute)
         return _cohort_loss(model, sites, [adapter] * (2 if together else 1), settings.dropout, task, batch)
     if train.engine == "zeroth_order":
         return functools.partial(_plain_loss, model, batch, task)
@@ -177,7 +181,7 @@ def _loss(
     carried.write(adapter)
     for p in carried.factors().values():
         p.requires_grad_().grad = torch.zeros_like(p)
-    carried.model.train(train.gradient_checkpointing)
+    carried.model.train(recompute)
     return functools.partial(_plain_loss, carried.model, batch, task)
 
 

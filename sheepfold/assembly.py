@@ -400,8 +400,6 @@ def make_engine(
     """
     train, adapter = experiment.train, experiment.adapter
     model: Any = base.model
-    if train.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     plan = planning.batch_plan(train, 0, 1, base.device)
     common: dict[str, Any] = {"seed": experiment.seed, "plan": plan, "rule": made.local}
     common |= {"private": made.private, "ditto": experiment.personal.ditto, "task": asked}

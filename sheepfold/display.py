@@ -17,6 +17,7 @@ from sheepfold.terminal import console, table
 
 if TYPE_CHECKING:
     from sheepfold.joining import Closing
+    from sheepfold.state import BatchPlan
 
 ALWAYS = ("clients", "train loss", "held-out loss", "sent up", "seconds")
 MEASURED = ("accuracy", "matthews", "f1")
@@ -72,7 +73,7 @@ class Terminal:
             f"[bold]{f['strategy']}[/] on {escape(f['base'])} ({f['device']}, {f['dtype']}): {f['clients']:,} clients, "
             f"{f['cohort']:,} a round, {f['rounds']} rounds; {_rows(f['train_rows'])}, "
             f"{f['adapter_numbers']:,} numbers in the adapter, "
-            f"{'each on its own machine' if apart else together(f['plan'].clients_per_pass)}"
+            f"{'each on its own machine' if apart else together(f['plan'])}"
             f"{', in ' + str(f['processes']) + ' processes' if f.get('processes', 1) > 1 else ''}"
         )
         if facts["ranks"]:
@@ -187,9 +188,11 @@ def size(count: float) -> str:
     return f"{count:.1f} TB"
 
 
-def together(clients: int) -> str:
-    """Return how many clients share a pass, in words."""
-    return "1 client at a time" if clients == 1 else f"{clients} clients together"
+def together(plan: "BatchPlan") -> str:
+    """Return how many clients share a pass, and whether blocks run twice, in words."""
+    clients = plan.clients_per_pass
+    words = "1 client at a time" if clients == 1 else f"{clients} clients together"
+    return f"{words} with gradient checkpointing" if plan.recompute else words
 
 
 def _rows(train_rows: int | None) -> str:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from sheepfold.config import TrainSettings
 from sheepfold.errors import CheckpointError
 from sheepfold.state import BatchPlan
 
@@ -87,11 +88,25 @@ class Halvings:
             raise CheckpointError(f"{self._path}: cannot be written ({error.strerror}); free some space") from None
 
 
-def smaller(plan: BatchPlan, *, clients: bool, tokens: int | None) -> tuple[BatchPlan, str] | None:
+def remedies(train: TrainSettings) -> str:
+    """Return, in words, what needs less memory and is not tried without being asked for."""
+    found = ["data.max_tokens or adapter.rank lower", "model.bits", "a smaller base"]
+    alone = train.sharding == "none"  # processes that share a model halve nothing
+    if not (train.gradient_checkpointing or (alone and train.gradient_checkpointing is None)):
+        found.insert(0, "train.gradient_checkpointing")
+    if not alone:
+        found.insert(0, "train.micro_rows lower")
+    return f"set {', or '.join(found)}, in a new run"
+
+
+def smaller(
+    plan: BatchPlan, *, clients: bool, tokens: int | None, recompute: bool = False
+) -> tuple[BatchPlan, str] | None:
     """Return a plan that needs less memory in training, and a line that says how; None where it is the smallest.
 
     clients: whether the clients of a pass are to be halved before a forward pass is; tokens: the longest row's, under
-    which a forward pass over many clients gets no smaller (None: the engine cuts by rows of one client).
+    which a forward pass over many clients gets no smaller (None: the engine cuts by rows of one client); recompute:
+    whether gradient checkpointing may be turned on, where nothing is left to halve.
     """
     fewer = max(1, plan.clients_per_pass // 2)
     if plan.clients_per_pass > 1 and (clients or tokens is None or plan.micro_tokens <= tokens):
@@ -104,4 +119,7 @@ def smaller(plan: BatchPlan, *, clients: bool, tokens: int | None) -> tuple[Batc
         fewer = max(tokens, plan.micro_tokens // 2)
         words = f"out of memory with {plan.micro_tokens:,} tokens in a forward pass, going on with {fewer:,}"
         return replace(plan, micro_tokens=fewer), words
+    if recompute and not plan.recompute:
+        words = "out of memory with one client's shortest forward passes, going on with gradient checkpointing"
+        return replace(plan, recompute=True), words
     return None

@@ -16,6 +16,7 @@ from sheepfold.adapter import Adapter
 from sheepfold.adapter_methods import SEEDS
 from sheepfold.config import Experiment
 from sheepfold.data.rows import TokenRows
+from sheepfold.engines.recomputing import can_recompute
 from sheepfold.local import optimizers
 from sheepfold.local.rules import LocalRule
 from sheepfold.memory import BYTES_PER_NUMBER
@@ -37,8 +38,9 @@ class Need:
     """The weights"""
     numbers: int
     """Numbers of one client's adapter"""
-    activations: Callable[[int, int], int | None]
-    """(most tokens, most rows) of a forward pass -> bytes at the peak of its forward and backward; None: not known"""
+    activations: Callable[[int, int, bool], int | None]
+    """(most tokens, most rows) of a forward pass, whether blocks run again in the backward one -> bytes at the peak of
+    both; None: not known"""
     longest: int = 1
     """Tokens of the longest row"""
     number_bytes: int = BYTES_PER_NUMBER
@@ -47,6 +49,8 @@ class Need:
     """What an engine without gradients keeps beside the weights: two vectors as long, in float32"""
     weights_train: bool = False
     """Whether the base's own weights are what trains, one client at a time"""
+    can_recompute: bool = False
+    """Whether the base's blocks can run again in the backward pass"""
 
     @property
     def client(self) -> int:
@@ -66,7 +70,7 @@ class Need:
 
     def in_a_pass(self, plan: BatchPlan) -> int | None:
         """Return the activations of the plan's largest forward pass; None: not known."""
-        return self.activations(plan.micro_tokens, plan.micro_rows * plan.clients_per_pass)
+        return self.activations(plan.micro_tokens, plan.micro_rows * plan.clients_per_pass, plan.recompute)
 
 
 def need_of(
@@ -86,14 +90,14 @@ def need_of(
     by_tokens = train.engine == "cohort"
 
     @cache  # asked again in every round, of the same plan
-    def activations(most_tokens: int, most_rows: int) -> int | None:
+    def activations(most_tokens: int, most_rows: int, recompute: bool) -> int | None:
         if not len(tokens.lengths()) or train.sharding != "none":  # a process's share goes by how many there are
             return None
         longest = most_tokens if by_tokens else most_rows * int(tokens.lengths().max())
         rows = rows_of_a_pass(tokens, longest, most_rows)
         found = activation_bytes(
             outline.model, sites, adapter, experiment.adapter, train, task, tokens, rows,
-            dtype=outline.dtype, together=by_tokens and most_rows > train.batch_rows,
+            dtype=outline.dtype, together=by_tokens and most_rows > train.batch_rows, recompute=recompute,
         )  # fmt: skip
         return None if found is None else found + (_largest_weight(outline) if outline.quantised else 0)
 
@@ -105,6 +109,7 @@ def need_of(
         longest=int(tokens.lengths().max(initial=1)),
         number_bytes=COPY_BYTES * (2 + optimizers.moments(train) + _kept(rule)),
         weights_train=method == "full",
+        can_recompute=can_recompute(outline.model, method),
     )
 
 

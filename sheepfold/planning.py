@@ -45,6 +45,7 @@ def batch_plan(
         clients_per_pass=1 if train.engine in ("peft_model", "zeroth_order") else min(clients, cohort, most),
         micro_rows=train.micro_rows or train.batch_rows,
         micro_tokens=MICRO_TOKENS.get(device.type, MICRO_TOKENS["cpu"]),
+        recompute=bool(train.gradient_checkpointing),
     )
     if need is None or train.engine != "cohort":
         return plan
@@ -56,21 +57,26 @@ def batch_plan(
 def fitted(plan: BatchPlan, train: TrainSettings, cohort: int, need: Need, room: int, *, grows: bool) -> BatchPlan:
     """Return the plan with forward passes, and then as many clients, as fit into `room` bytes.
 
-    grows: whether forward passes become larger where there is room, up to all rows of a step.
+    Where the longest row alone does not fit, blocks run again in the backward pass, if they can and may. grows: whether
+    forward passes become larger where there is room, up to all rows of a step.
     """
 
     def fits(tokens: int) -> bool:
-        """Whether forward passes of so many tokens leave half of the room to the clients."""
-        taken = need.activations(tokens, train.batch_rows * cohort)
-        return taken is None or 2 * taken <= room
+        """Whether forward passes of so many tokens leave half of the room to the clients, and enough for one."""
+        taken = need.activations(tokens, train.batch_rows * cohort, plan.recompute)
+        return taken is None or taken <= min(room / 2, room - need.client)
 
     tokens = plan.micro_tokens
     if grows:
         step = train.batch_rows * cohort * need.longest
-        while tokens < min(step, MOST_MICRO_TOKENS) and need.activations(tokens, 1) is not None and fits(2 * tokens):
+        known = need.activations(tokens, 1, plan.recompute) is not None
+        while known and tokens < min(step, MOST_MICRO_TOKENS) and fits(2 * tokens):
             tokens *= 2
     while tokens > need.longest and not fits(tokens):
         tokens = max(need.longest, tokens // 2)
+    may = need.can_recompute and train.gradient_checkpointing is None and not plan.recompute
+    if may and tokens <= need.longest and need.client + (need.activations(tokens, 1, False) or 0) > room:
+        return fitted(replace(plan, recompute=True), train, cohort, need, room, grows=grows)
     plan = replace(plan, micro_tokens=tokens)
     if train.clients_per_pass is None:
         left = room - (need.in_a_pass(plan) or 0)

@@ -18,6 +18,7 @@ from sheepfold.evaluation.benchmarks import after_run
 from sheepfold.evaluation.held_out import HeldOut
 from sheepfold.export import save_adapter, write_cards
 from sheepfold.facts import data_facts, round_line, run_facts, with_clients
+from sheepfold.halving import remedies
 from sheepfold.journal import RunFolder, check_same, last_folder, new_folder
 from sheepfold.judging import evaluate
 from sheepfold.local.store import ClientStore
@@ -95,10 +96,7 @@ def _run_all(
         if not memory.is_out_of_memory(error):
             raise
         said = (str(error) or type(error).__name__).splitlines()[0]
-        raise TrainingError(
-            f"out of memory ({said}); set train.micro_rows or train.clients_per_pass lower, or "
-            "train.gradient_checkpointing, in a new run"
-        ) from None
+        raise TrainingError(f"out of memory ({said}); {remedies(experiment.train)}") from None
 
 
 def _begun(experiment: Experiment, folders: list[RunFolder]) -> RunFolder:

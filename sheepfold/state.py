@@ -33,6 +33,8 @@ class BatchPlan:
     """Most tokens, padding included, in a forward pass over all clients."""
     judged_rows: int | None = None
     """Most rows that are evaluated at a time, where memory ran out with `evaluation.batch_rows`."""
+    recompute: bool = False
+    """Whether the base's blocks run again in the backward pass (gradient checkpointing)."""
 
 
 @dataclass(frozen=True, slots=True)

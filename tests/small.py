@@ -203,7 +203,8 @@ def _engine(train: TrainSettings, over: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _keywords(train: TrainSettings, over: dict[str, Any]) -> dict[str, Any]:
-    plan = over.get("plan", BatchPlan(4, train.micro_rows or train.batch_rows, 120))
+    again = bool(train.gradient_checkpointing)
+    plan = over.get("plan", BatchPlan(4, train.micro_rows or train.batch_rows, 120, recompute=again))
     further = {name: over[name] for name in ("private", "ditto", "store", "beyond_peft") if name in over}
     return {"seed": over.get("seed", 1), "plan": plan, "rule": over.get("rule"), **further}
 

@@ -17,13 +17,20 @@ from tests import small
 TOKENS = small.tokens()
 
 
-def counted(family: str = "llama", rows: list[int] | None = None, *, together: bool = True, **train: Any) -> int | None:
+def counted(
+    family: str = "llama",
+    rows: list[int] | None = None,
+    *,
+    together: bool = True,
+    recompute: bool = False,
+    **train: Any,
+) -> int | None:
     base = small.model(torch.float32, family)
     adapter = small.adapter(base, 4, 0, family, torch.float32)
     settings = TrainSettings(**{"engine": "cohort", **train})
     return activation_bytes(
         base.to("meta"), list(small.sites(base, family)), adapter, AdapterSettings(), settings, CAUSAL_LM, TOKENS,
-        rows or rows_of_a_pass(TOKENS, 512, 100), dtype=torch.float32, together=together,
+        rows or rows_of_a_pass(TOKENS, 512, 100), dtype=torch.float32, together=together, recompute=recompute,
     )  # fmt: skip
 
 
@@ -53,7 +60,7 @@ def test_more_rows_take_more_and_checkpointing_takes_less() -> None:
     assert whole is not None
     assert half is not None
     assert 1.6 * half < whole < 2.4 * half
-    again = counted(rows=longest, gradient_checkpointing=True)
+    again = counted(rows=longest, recompute=True)
     assert again is not None
     assert again < 0.8 * whole
 

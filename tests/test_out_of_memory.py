@@ -32,6 +32,11 @@ LOGITS = {
     "data.partition.by": "iid", "data.partition.clients": 2, "data.eval_share": 0.7, "federation.rounds": 1,
 }  # fmt: skip
 """One client at a time, and logits of all tokens at once: what they take goes by the rows of a forward pass"""
+LONG = {
+    "adapter.rank": 2, "data.max_tokens": 512, "data.eval_share": 0.0, "evaluation.every": 0,
+    "data.partition.by": "iid", "data.partition.clients": 2,
+}  # fmt: skip
+"""Rows of 500 tokens through eight layers, which keep 100 MB of activations; one layer 13 MB"""
 MIB = 2**20
 SHORT = 250 * MIB
 """Beside what a run has when it starts: room for four clients of eight"""
@@ -142,10 +147,31 @@ def test_where_nothing_is_left_to_halve_one_line_says_so(base: Path, tmp_path: P
     error = (tmp_path / "error").read_text()
     assert error.startswith("out of memory (")
     assert "\n" not in error
-    assert "train.gradient_checkpointing" in error
+    assert "adapter.rank lower" in error
     said = heard(tmp_path, "halved")
-    assert said[-1].endswith("going on with 32"), "no row is longer"
+    assert said[-2].endswith("going on with 32"), "no row is longer"
+    assert said[-1].endswith("going on with gradient checkpointing")
     assert any(text.endswith("2 clients in a pass, going on with 1") for text in said)
+
+
+def test_blocks_run_again_where_nothing_is_left_to_halve_and_the_result_is_the_same(tmp_path: Path) -> None:
+    deep = small.saved(tmp_path / "base", num_hidden_layers=8, hidden_size=256, intermediate_size=1024)
+    path = tmp_path / "rows.jsonl"
+    rows = [{"instruction": f"Say {n}.", "output": "one two three four " * 100} for n in range(16)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    over = LONG | {"data.source": str(path), "data.rows": None}
+    never = over | {"train.gradient_checkpointing": False}
+    assert run(tmp_path / "ease", deep, **over) == 0
+    assert run(tmp_path / "short", deep, 40 * MIB, **over) == 0
+    said = heard(tmp_path / "short", "halved")
+    assert said[-1] == (
+        "round 1: out of memory with one client's shortest forward passes, going on with gradient checkpointing"
+    )
+    assert small.gap(learned(tmp_path / "short"), learned(tmp_path / "ease")) < 5e-5
+    last = journal(tmp_path / "short")[-1]["memory"]
+    assert last["predicted"] == pytest.approx(last["peak"], rel=0.2)
+    assert run(tmp_path / "never", deep, 40 * MIB, **never) == 0
+    assert "train.gradient_checkpointing" in (tmp_path / "never" / "error").read_text()
 
 
 @pytest.mark.slow

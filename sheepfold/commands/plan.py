@@ -27,7 +27,7 @@ def show(foreseen: "Forecast", measured: "Calibration | None" = None) -> None:
         ),
         (
             "passes",
-            f"{together(f.plan.clients_per_pass)}, at most {_most(f)} a forward pass",
+            f"{together(f.plan)}, at most {_most(f)} a forward pass",
         ),
         ("memory", _memory(f)),
         ("traffic", _traffic(f)),

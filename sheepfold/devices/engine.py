@@ -172,4 +172,4 @@ def smallest(plan: BatchPlan, other: BatchPlan) -> BatchPlan:
     for field in fields(BatchPlan):
         bounds = [getattr(plan, field.name), getattr(other, field.name)]
         least[field.name] = min((bound for bound in bounds if bound is not None), default=None)
-    return BatchPlan(**least)
+    return BatchPlan(**least | {"recompute": plan.recompute or other.recompute})

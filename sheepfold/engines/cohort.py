@@ -20,6 +20,7 @@ from sheepfold.engines.common import Local, LocalEngine, Work
 from sheepfold.engines.compiling import Compiled
 from sheepfold.engines.injection import CohortModel, Selection
 from sheepfold.engines.packing import may_pack
+from sheepfold.engines.recomputing import can_recompute, recomputing
 from sheepfold.engines.stack import stacked
 from sheepfold.errors import ModelError
 from sheepfold.local.rules import LocalRule
@@ -56,6 +57,7 @@ class CohortEngine(LocalEngine):
         self.device, self.dtype, self.half = first.device, first.dtype, first.dtype == torch.float16
         self.packs = self._packs(train.packing)
         self.compiled = Compiled(cohort.model) if train.compile else None
+        self.can_recompute = can_recompute(cohort.model)
 
     def _packs(self, wanted: bool | None) -> bool:
         """Return whether training packs its rows. Raises ModelError where it is to, and the base's family cannot."""
@@ -72,7 +74,8 @@ class CohortEngine(LocalEngine):
 
     def train_pass(self, clients: Sequence[Local], rule: LocalRule | None) -> None:
         """Take these clients through their round, together."""
-        with self.compiled.on() if self.compiled else contextlib.nullcontext():
+        compiled = self.compiled.on() if self.compiled else contextlib.nullcontext()
+        with recomputing([self.cohort.model], self.plan.recompute), compiled:
             Pass(self, clients, rule).run()
 
     @torch.no_grad()

@@ -75,7 +75,7 @@ class Pass:
     def run(self) -> None:
         """Train to the end, and write down what each client learned."""
         model = self.engine.cohort.model
-        model.train(self.engine.settings.gradient_checkpointing)  # transformers checkpoints in training mode alone
+        model.train(self.engine.plan.recompute)  # transformers checkpoints in training mode alone
         try:
             for step in range(self.clients[0].steps):
                 self._leave(sum(c.steps > step for c in self.clients))

@@ -42,6 +42,8 @@ class LocalEngine:
 
     cuts_by_tokens = False
     """Whether a forward pass is bounded by plan.micro_tokens, over all clients; else by plan.micro_rows of one"""
+    can_recompute = False
+    """Whether the base's blocks can run again in the backward pass, with the engine's adapters in them"""
 
     def __init__(
         self,
@@ -145,7 +147,9 @@ class LocalEngine:
 
         def less() -> tuple[BatchPlan, str] | None:
             heavy = numbers * self.plan.clients_per_pass >= self.token_bytes * self.plan.micro_tokens
-            return smaller(self.plan, clients=heavy, tokens=self._longest() if self.cuts_by_tokens else None)
+            longest = self._longest() if self.cuts_by_tokens else None
+            recompute = self.can_recompute and self.settings.gradient_checkpointing is None
+            return smaller(self.plan, clients=heavy, tokens=longest, recompute=recompute)
 
         return less
 

@@ -20,6 +20,7 @@ from sheepfold.data.rows import TokenRows
 from sheepfold.engines.carriers import Carrier, PeftCarrier, SideHooks, carrier
 from sheepfold.engines.common import FIRST_LOSS_SCALE, Local, LocalEngine, Work, score_of
 from sheepfold.engines.job import Job, Part, seeded
+from sheepfold.engines.recomputing import can_recompute, recomputing
 from sheepfold.local import optimizers
 from sheepfold.local.rules import LocalRule
 from sheepfold.local.steps import lr_factor, step_rows
@@ -60,7 +61,8 @@ class PeftModelEngine(LocalEngine):
         self.side = SideHooks(model, sites)
         if carried is None:
             carried = carrier(model, sites, adapter, seed, beyond_peft=beyond_peft, task=self.task, only=only)
-        self.carrier = carried
+        self.carrier, self.models = carried, [model]
+        self.can_recompute = can_recompute(model, adapter.method)
 
     def initial(self) -> Adapter:
         """Return the adapter as PEFT initialises it, from this run's seed."""
@@ -68,8 +70,9 @@ class PeftModelEngine(LocalEngine):
 
     def train_pass(self, clients: Sequence[Local], rule: LocalRule | None) -> None:
         """Take these clients through their round, one after the other."""
-        for client in clients:
-            self._train_one(client, rule or LocalRule())
+        with recomputing(self.models, self.plan.recompute):
+            for client in clients:
+                self._train_one(client, rule or LocalRule())
 
     def _train_one(self, client: Local, rule: LocalRule) -> None:
         began = time.perf_counter()

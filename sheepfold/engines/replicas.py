@@ -33,6 +33,7 @@ class ReplicaEngine(PeftModelEngine):
         copies = [copy.deepcopy(model).to(device) for device in devices[1:]]
         super().__init__(model, *of, **client)
         self._others = [PeftModelEngine(other, *of, **client) for other in copies]
+        self.models += copies
         self._params: list[dict[str, Tensor]] = []
         self._at_once = len(set(devices)) == len(devices)
 

@@ -53,13 +53,10 @@ class BaseOnce:
     def loader(self, experiment: Experiment, say: Callable[[str], None]) -> Callable[..., Base]:
         """Return models.load_base, which loads nothing where the base is here as it was loaded; say: told which it is.
 
-        Only the cohort engine gives a base back as it was; PEFT's and checkpointing stay in it, and a new head is drawn
-        for a run.
+        Only the cohort engine gives a base back as it was; PEFT's layers stay in it, and a new head is drawn for a run.
         """
         reusable = experiment.train.engine == "cohort" and experiment.task == "causal_lm"
-        key = (
-            (experiment.model, experiment.device) if reusable and not experiment.train.gradient_checkpointing else None
-        )
+        key = (experiment.model, experiment.device) if reusable else None
 
         def load(settings: ModelSettings, device: str = "auto", tokenizer: Any = None, **more: Any) -> Base:
             here = self._base is not None and key is not None and key == self._key

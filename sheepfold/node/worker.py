@@ -18,8 +18,10 @@ from types import MappingProxyType
 from typing import Any
 
 from sheepfold import __version__
+from sheepfold.config import TrainSettings
 from sheepfold.errors import CheckpointError, PolicyError, SheepfoldError, WireError
 from sheepfold.folders import writing
+from sheepfold.halving import remedies
 from sheepfold.locks import try_lock
 from sheepfold.memory import free, is_out_of_memory
 from sheepfold.messages import Absence
@@ -123,7 +125,7 @@ class Worker:
             if is_out_of_memory(error):
                 self._bases.drop()
                 free()
-                reason = "out of memory; set train.micro_rows lower, or train.gradient_checkpointing, in a new run"
+                reason = f"out of memory; {remedies(TrainSettings())}"
         if (run, reason) != self._said:
             self.say(f"run {run}: {reason}")
             self._said = run, reason

@@ -153,7 +153,7 @@ def _check(experiment: Experiment, probabilities: bool) -> None:
         )
     constant = ("schedule", "round_schedule", "warmup_steps")
     for name in (*constant, "weight_decay", "optimizer_args", "local_rule", "gradient_checkpointing"):
-        if getattr(train, name) != getattr(usual, name):
+        if (getattr(train, name) or None) != (getattr(usual, name) or None):
             why = "its learning rate is constant" if name in constant else "its steps have no gradient"
             raise ConfigError(f"train.{name}: has no place in federation.strategy fedkseed: {why}; remove it")
     if train.optimizer.lower() != "sgd":

@@ -1,6 +1,7 @@
 """Which process this is, and what it takes of its machine."""
 
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -96,6 +97,7 @@ def test_a_run_on_flower_is_not_started_by_torchrun(tmp_path, monkeypatch, capsy
 def test_a_plan_that_several_processes_halved_is_the_smallest_of_each_bound():
     ours, theirs = BatchPlan(2, 8, 512), BatchPlan(4, 4, 1024, judged_rows=16)
     assert smallest(ours, theirs) == smallest(theirs, ours) == BatchPlan(2, 4, 512, judged_rows=16)
+    assert smallest(replace(ours, recompute=True), theirs).recompute
     assert smallest(ours, ours) == ours
 
 

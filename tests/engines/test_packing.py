@@ -19,8 +19,6 @@ RANKS = {"ann": 2, "bob": 4, "cleo": 8, "dora": 4}
 
 def trained(family: str, *, packing: bool, dropout: float = 0.0, again: bool = False, **config: object):
     base = small.model(torch.float64, family, **config)
-    if again:
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     start = {c: small.adapter(base, r, seed, family) for seed, (c, r) in enumerate(RANKS.items())}
     train = TRAIN.model_copy(update={"packing": packing, "gradient_checkpointing": again})
     engine = small.cohort_engine(base, train, family, dropout=dropout)

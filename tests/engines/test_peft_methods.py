@@ -309,14 +309,19 @@ def test_rslora_has_one_rank(over):
 @pytest.mark.parametrize("name", ["dora", "ia3", "p-tuning", "prompt"])
 def test_gradient_checkpointing_changes_nothing(name):
     def trained(checkpointing: bool) -> Adapter:
-        base = small.model()
-        if checkpointing:
-            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        base, ran = small.model(), 0
+
+        def count(*_: object) -> None:
+            nonlocal ran
+            ran += torch.is_grad_enabled()
+
         train = TrainSettings(steps=2, batch_rows=4, engine="peft_model")
         tokens, rows = small.tokens(), small.client_rows()
-        plan = BatchPlan(1, 4, 120)
+        plan = BatchPlan(1, 4, 120, recompute=checkpointing)
         engine = PeftModelEngine(base, [], tokens, rows, train, settings(name), seed=1, plan=plan)
+        base.model.layers[0].mlp.register_forward_pre_hook(count)
         [update] = engine.train(small.assignments({"ann": engine.initial()}, lr=0.05))
+        assert ran == (4 if checkpointing else 2), "a layer runs again in each step's backward pass"
         adapter: Adapter = update.adapter  # type: ignore[union-attr]
         return adapter
 
