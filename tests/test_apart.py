@@ -35,7 +35,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "flora, narrow": METHODS["flora"] | NARROW,
     "epochs": {"train.epochs": 1, "train.steps": None},
 }
-QUICK = ["fedavg", "hetlora", "slora", "fedadam x fedsa", "ia3", "fedkseed", "keep_local", "scaffold, narrow"]
+QUICK = ["hetlora", "fedadam x fedsa", "ia3", "fedkseed", "scaffold, narrow"]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -137,7 +137,7 @@ CLOSINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", CLOSINGS)
+@pytest.mark.parametrize("name", mostly_slow(CLOSINGS, ["baselines", "a test set", "hetlora", "fine-tuned pro"]))
 def test_a_closing_apart_is_the_same_table(name, base, tmp_path):
     made, place = tiny(tmp_path, base, **CLOSINGS[name]), Apart(tmp_path / "apart")
     told: list[str] = []

@@ -17,6 +17,7 @@ from sheepfold.errors import ConfigError, ModelError
 from sheepfold.export import export
 from sheepfold.forecast import forecast
 from tests import encoders, small
+from tests.marks import mostly_slow
 
 
 @pytest.fixture(autouse=True)
@@ -169,7 +170,7 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", mostly_slow(METHODS, quick=["fedavg", "scaffold", "flexlora", "fedsa", "flora"]))
 def test_a_method_trains_pairs_and_heads_and_the_engines_agree(name, place):
     ends = []
     for engine in ("cohort", "peft_model"):

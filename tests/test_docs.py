@@ -23,6 +23,7 @@ import yaml
 
 from sheepfold import cli
 from sheepfold.config import build
+from tests.marks import mostly_slow
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = {path.relative_to(ROOT).as_posix(): path for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]}
@@ -87,7 +88,7 @@ def folder(tmp_path, monkeypatch):
             del sys.modules[name]
 
 
-@pytest.mark.parametrize("name", DOCUMENTS)
+@pytest.mark.parametrize("name", mostly_slow(DOCUMENTS, quick=["README.md", "docs/running.md"]))
 def test_a_document_runs_from_top_to_bottom(name, folder, monkeypatch):
     namespace: dict[str, object] = {"__name__": "document"}
     for block in blocks(DOCUMENTS[name].read_text(encoding="utf-8")):

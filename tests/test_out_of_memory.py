@@ -35,8 +35,9 @@ LOGITS = {
 LONG = {
     "adapter.rank": 2, "data.max_tokens": 512, "data.eval_share": 0.0, "evaluation.every": 0,
     "data.partition.by": "iid", "data.partition.clients": 2,
+    "federation.rounds": 1, "train.steps": 1, "train.batch_rows": 2,
 }  # fmt: skip
-"""Rows of 500 tokens through eight layers, which keep 100 MB of activations; one layer 13 MB"""
+"""Rows of 400 tokens through eight layers, which keep 100 MB of activations; one layer 13 MB"""
 MIB = 2**20
 SHORT = 250 * MIB
 """Beside what a run has when it starts: room for four clients of eight"""
@@ -162,7 +163,7 @@ def test_blocks_run_again_where_nothing_is_left_to_halve_and_the_result_is_the_s
     over = LONG | {"data.source": str(path), "data.rows": None}
     never = over | {"train.gradient_checkpointing": False}
     assert run(tmp_path / "ease", deep, **over) == 0
-    assert run(tmp_path / "short", deep, 40 * MIB, **over) == 0
+    assert run(tmp_path / "short", deep, 30 * MIB, **over) == 0
     said = heard(tmp_path / "short", "halved")
     assert said[-1] == (
         "round 1: out of memory with one client's shortest forward passes, going on with gradient checkpointing"
@@ -170,7 +171,7 @@ def test_blocks_run_again_where_nothing_is_left_to_halve_and_the_result_is_the_s
     assert small.gap(learned(tmp_path / "short"), learned(tmp_path / "ease")) < 5e-5
     last = journal(tmp_path / "short")[-1]["memory"]
     assert last["predicted"] == pytest.approx(last["peak"], rel=0.2)
-    assert run(tmp_path / "never", deep, 40 * MIB, **never) == 0
+    assert run(tmp_path / "never", deep, 30 * MIB, **never) == 0
     assert "train.gradient_checkpointing" in (tmp_path / "never" / "error").read_text()
 
 

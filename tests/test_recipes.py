@@ -69,7 +69,7 @@ SMALL = {
     "fedkd-sst2": {"data.path": "sst2", "data.rows": 120, "data.max_tokens": 32},
 }
 """Recipe -> further options; a data.path is one of the shared folder's."""
-QUICK = ["flexlora-normal", "fs-llm-gsm8k", "fs-llm-offsite-dolly", "shepherd-dolly", "fedkseed-dolly", "fedkd-sst2"]
+QUICK = ["fs-llm-gsm8k", "fs-llm-offsite-dolly", "fedkseed-dolly", "fedkd-sst2"]
 
 CLIENTS = {
     **{name: 10 for name in RECIPES if name.startswith("flexlora-")},

@@ -81,8 +81,7 @@ METHODS: dict[str, Over] = {
 }
 
 QUICK = {
-    "fedprox", "scaffold", "flora", "fedex", "flexlora", "hetlora", "heterolora", "ffa_lora", "rolora", "fed_sb",
-    "slora, keeping", "fedadam x fedsa",
+    "fedprox", "scaffold", "flora", "fedex", "flexlora", "heterolora", "rolora", "fed_sb", "fedadam x fedsa",
 }  # fmt: skip
 """Methods of the plain suite: one of each kind, alone or around another"""
 

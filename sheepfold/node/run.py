@@ -62,8 +62,9 @@ class BaseOnce:
             here = self._base is not None and key is not None and key == self._key
             say(f"{settings.base} is loaded already" if here else f"loading {settings.base}")
             if not here or self._base is None:
-                self._key, self._base = None, None
-                gc.collect()  # two bases may be more than the device holds
+                if self._base is not None:
+                    self._key, self._base = None, None
+                    gc.collect()  # two bases may be more than the device holds
                 self._key, self._base = key, load_base(settings, device, tokenizer, **more)
             return self._base
 

@@ -42,7 +42,7 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("name", mostly_slow(METHODS, quick=["fedsa, int8", "peft_model"]))
+@pytest.mark.parametrize("name", mostly_slow(METHODS, quick=["fedsa, int8"]))
 def test_three_machines_come_to_what_one_process_comes_to(tmp_path, name):
     asked = experiment(tmp_path, **METHODS[name])
     here = simulation.run(asked.model_copy(update={"name": "here"}))
@@ -54,6 +54,7 @@ def test_three_machines_come_to_what_one_process_comes_to(tmp_path, name):
     assert not (there.folder / "spool").exists()
 
 
+@pytest.mark.slow
 def test_the_closing_table_is_that_of_one_process(tmp_path):
     more = {"evaluation.metrics": ["exact_match"], "evaluation.rows_per_client": 2}
     asked = experiment(tmp_path, **more, baselines=["local"])

@@ -16,6 +16,7 @@ from sheepfold.node.worker import Worker
 from sheepfold.wire import blob
 from sheepfold.wire.unpacking import unpack_letter
 from tests import small
+from tests.marks import mostly_slow
 from tests.node.nodes import RUN_ID, experiment, lines, node
 
 REFUSED = {
@@ -26,7 +27,7 @@ REFUSED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.parametrize("case", mostly_slow(REFUSED, quick=["a rank", "answers"]))
 def test_a_policy_refuses_before_anything_is_loaded_and_the_run_goes_on_without(barn, tmp_path, monkeypatch, case):
     over, policy, why = REFUSED[case]
     if case == "answers":
@@ -131,7 +132,7 @@ def test_what_goes_wrong_here_stays_here(barn, told, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
     monkeypatch.setattr(ann._run.parts.engine, "train", full)
-    assert reason(ann, charter, "train", data).reason.startswith("out of memory; set train.micro_rows lower")
+    assert reason(ann, charter, "train", data).reason.startswith("out of memory; set data.max_tokens")
     assert blob.read(ann.answer(charter, "train", data))[0]["message"] == "update"
 
 

@@ -42,6 +42,7 @@ def test_machines_come_to_what_one_process_comes_to_over_the_same_files(barn, tm
         assert theirs["held_out"]["clients"] == pytest.approx(ours["held_out"]["clients"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_machine_that_was_started_anew_goes_on_from_its_disk(barn, tmp_path):
     over = METHODS["scaffold, int8"] | {"federation.clients_per_round": 3}
     asked = experiment(tmp_path, **over)

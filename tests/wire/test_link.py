@@ -106,6 +106,8 @@ METHODS = [
     ("fedavg",), ("flora",), ("fedex",), ("flexlora",), ("hetlora",), ("ffa_lora",), ("rolora",), ("fedsa",),
     ("fed_sb",), ("scaffold", "fedavg"), ("fedadam", "fedavg"), ("slora", "fedavg"),
 ]  # fmt: skip
+QUICK = [("flora",), ("hetlora",), ("fedsa",), ("scaffold", "fedavg"), ("slora", "fedavg")]
+NAMED = [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow, id="+".join(n)) for n in METHODS]
 ARGUMENTS = {"slora": {"stage_rounds": 1, "density": 0.5}}
 
 
@@ -114,7 +116,7 @@ def over(names, wire, **further):
 
 
 @pytest.mark.parametrize("wire", [{}, NARROW], ids=["exact", "narrow"])
-@pytest.mark.parametrize("names", METHODS, ids="+".join)
+@pytest.mark.parametrize("names", NAMED)
 def test_bytes_come_to_what_values_come_to(names, wire):
     """One client at a time in both: floating-point sums depend on who shares a pass."""
     ours, reports, _ = a_run("peft_model", names, over(names, wire))
