@@ -231,8 +231,8 @@ class TrainSettings(Section):
     """L2 bound on each client's own gradient; null: no bound. adapter.method seeds: bound on a step's
     scalar, by default none."""
     gradient_checkpointing: bool | None = None
-    """Recompute activations in the backward pass: less memory, a third more time, the same result; null: once nothing
-    smaller fits the memory; false: never."""
+    """Recompute activations in the backward pass: less memory, a third more time, the same result; null: where a
+    forward pass that does not fit the memory gets no smaller; false: never."""
     packing: bool | None = None
     """cohort: rows end to end without padding, each attending to itself; null: on a GPU in bfloat16, for families whose
     rows come out the same in a trial; true: anywhere, though on a CPU padding rows of like length is faster."""

@@ -106,12 +106,13 @@ def smaller(
 
     clients: whether the clients of a pass are to be halved before a forward pass is; tokens: the longest row's, under
     which a forward pass over many clients gets no smaller (None: the engine cuts by rows of one client); recompute:
-    whether gradient checkpointing may be turned on, where nothing is left to halve.
+    whether gradient checkpointing may be turned on, where forward passes get no smaller.
     """
     fewer = max(1, plan.clients_per_pass // 2)
-    if plan.clients_per_pass > 1 and (clients or tokens is None or plan.micro_tokens <= tokens):
-        words = f"out of memory with {plan.clients_per_pass} clients in a pass, going on with {fewer}"
-        return replace(plan, clients_per_pass=fewer), words
+    words = f"out of memory with {plan.clients_per_pass} clients in a pass, going on with {fewer}"
+    fewer_clients = (replace(plan, clients_per_pass=fewer), words) if plan.clients_per_pass > 1 else None
+    if clients and fewer_clients:
+        return fewer_clients
     if tokens is None and plan.micro_rows > 1:
         words = f"out of memory with {plan.micro_rows} rows in a forward pass, going on with {plan.micro_rows // 2}"
         return replace(plan, micro_rows=plan.micro_rows // 2), words
@@ -120,6 +121,6 @@ def smaller(
         words = f"out of memory with {plan.micro_tokens:,} tokens in a forward pass, going on with {fewer:,}"
         return replace(plan, micro_tokens=fewer), words
     if recompute and not plan.recompute:
-        words = "out of memory with one client's shortest forward passes, going on with gradient checkpointing"
+        words = "out of memory with the shortest forward passes, going on with gradient checkpointing"
         return replace(plan, recompute=True), words
-    return None
+    return fewer_clients

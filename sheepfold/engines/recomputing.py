@@ -1,7 +1,7 @@
 """Gradient checkpointing: a base's blocks keep their inputs alone, and run again in the backward pass.
 
-It costs about a third more time and changes no number, so it is the last thing tried where memory runs out
-(halving.py), and planned from the start where not even the longest row fits otherwise (planning.py).
+It costs about a third more time and changes no number, so it begins where a forward pass that does not fit gets no
+smaller (halving.py), and is planned from the start where not even the longest row fits otherwise (planning.py).
 """
 
 from collections.abc import Callable, Iterator, Sequence
