@@ -10,7 +10,7 @@ import copy
 import functools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -119,9 +119,8 @@ def activation_bytes(
     key = (str(model.config), tuple(sites), adapted, how, task.name, tuple(batch.ids.shape), len(batch.target))
     if key not in _counted:
         copied = _frozen(model, dtype)
-        made = functools.partial(_loss, copied, sites, adapter, settings, train, task, batch, together, recompute)
-        with recomputing([copied], recompute):
-            _counted[key] = _peak(made, grad=train.engine != "zeroth_order")
+        made = functools.partial(_loss, copied, sites, adapter, settings, train, task, batch, together)
+        _counted[key] = _peak(made, train.engine != "zeroth_order", recomputing([copied], recompute))
     return _counted[key]
 
 
@@ -129,13 +128,14 @@ _counted: dict[Any, int | None] = {}
 """What was counted in this process: many runs of one base and shape ask once"""
 
 
-def _peak(made: Callable[[], Callable[[], Tensor]], grad: bool) -> int | None:
+def _peak(made: Callable[[], Callable[[], Tensor]], grad: bool, training: AbstractContextManager[None]) -> int | None:
     """Return the most bytes that a loss and its backward pass have in use beside what they begin with."""
     try:
         with fused(), Live() as live:
             loss = made()
             live.now = live.peak = 0
-            _there_and_back(loss, grad)
+            with training:
+                _there_and_back(loss, grad)
     except (RuntimeError, NotImplementedError) as error:
         if "meta" not in str(error).lower():
             raise
@@ -164,11 +164,9 @@ def _loss(
     task: Task,
     batch: Batch,
     together: bool,
-    recompute: bool,
 ) -> Callable[[], Tensor]:
     """Return a function that gives the loss of a batch as the experiment's engine computes it."""
     if train.engine == "cohort":
-        model.train(recompute)
         return _cohort_loss(model, sites, [adapter] * (2 if together else 1), settings.dropout, task, batch)
     if train.engine == "zeroth_order":
         return functools.partial(_plain_loss, model, batch, task)
@@ -181,7 +179,7 @@ def _loss(
     carried.write(adapter)
     for p in carried.factors().values():
         p.requires_grad_().grad = torch.zeros_like(p)
-    carried.model.train(recompute)
+    carried.model.eval()
     return functools.partial(_plain_loss, carried.model, batch, task)
 
 

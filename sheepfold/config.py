@@ -232,7 +232,7 @@ class TrainSettings(Section):
     scalar, by default none."""
     gradient_checkpointing: bool | None = None
     """Recompute activations in the backward pass: less memory, a third more time, the same result; null: where a
-    forward pass that does not fit the memory gets no smaller; false: never."""
+    forward pass that does not fit the memory gets no smaller (not with sharding, nor in finetune); false: never."""
     packing: bool | None = None
     """cohort: rows end to end without padding, each attending to itself; null: on a GPU in bfloat16, for families whose
     rows come out the same in a trial; true: anywhere, though on a CPU padding rows of like length is faster."""

@@ -117,7 +117,8 @@ def forecast(experiment: Experiment) -> Forecast:
     libraries = memory.in_use(torch.device("cpu")) if device.type != "cuda" else 0
     first, sites = _first(experiment, known, setting, numbers)
     need = need_of(experiment, _fresh(experiment, known), asked, data.tokens, sites, first, made.local)
-    plan = planning.batch_plan(experiment.train, numbers, chosen.size, device, need)
+    planned_by = need if known.full is None else None  # as a run with an emulator does
+    plan = planning.batch_plan(experiment.train, numbers, chosen.size, device, planned_by)
     state = ServerState(0, first, plan, setting=setting)
     down, up = _traffic(experiment, made, known, state)
     return Forecast(

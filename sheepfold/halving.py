@@ -14,7 +14,8 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from sheepfold.config import TrainSettings
+from sheepfold.adapter_methods import CACHED, SEEDS
+from sheepfold.config import Experiment
 from sheepfold.errors import CheckpointError
 from sheepfold.state import BatchPlan
 
@@ -40,7 +41,9 @@ class Halvings:
         try:
             text = path.read_text(encoding="utf-8") if path.exists() else ""
             for line in (json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")):
-                self._keep((line["stage"], line["unit"]), BatchPlan(**line["plan"]), line["text"])
+                plan = BatchPlan(**line["plan"])
+                plan = replace(plan, recompute=plan.recompute or self.plan.recompute)  # it may be asked for since
+                self._keep((line["stage"], line["unit"]), plan, line["text"])
             if text and not text.endswith("\n"):
                 path.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -88,11 +91,13 @@ class Halvings:
             raise CheckpointError(f"{self._path}: cannot be written ({error.strerror}); free some space") from None
 
 
-def remedies(train: TrainSettings) -> str:
+def remedies(experiment: Experiment) -> str:
     """Return, in words, what needs less memory and is not tried without being asked for."""
+    train, method = experiment.train, experiment.adapter.method
     found = ["data.max_tokens or adapter.rank lower", "model.bits", "a smaller base"]
     alone = train.sharding == "none"  # processes that share a model halve nothing
-    if not (train.gradient_checkpointing or (alone and train.gradient_checkpointing is None)):
+    tried = train.gradient_checkpointing or (alone and train.gradient_checkpointing is None)
+    if not tried and method not in (*CACHED, SEEDS):
         found.insert(0, "train.gradient_checkpointing")
     if not alone:
         found.insert(0, "train.micro_rows lower")

@@ -31,6 +31,7 @@ from sheepfold.config import EvaluationSettings, Experiment, build, dump, read_y
 from sheepfold.errors import CheckpointError, ConfigError
 
 MAY_CHANGE = {"name", "output", "cache", "keep_rounds", "baselines", "trackers", "tracker_args", "card"}
+MAY_CHANGE |= {"train.gradient_checkpointing"}
 MAY_CHANGE |= {"network.deadline", "network.quorum"}  # nobody should have to wait for a machine that is gone for good
 MAY_CHANGE |= {f"evaluation.{name}" for name in EvaluationSettings.model_fields if name.startswith(("task", "allow"))}
 """Options, or sections of them, that a resumed run may set anew: they change no number of the training."""

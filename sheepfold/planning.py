@@ -75,10 +75,16 @@ def fitted(plan: BatchPlan, train: TrainSettings, cohort: int, need: Need, room:
     while tokens > need.longest and not fits(tokens):
         tokens = max(need.longest, tokens // 2)
     may = need.can_recompute and train.gradient_checkpointing is None and not plan.recompute
-    if may and tokens <= need.longest and need.client + (need.activations(tokens, 1, False) or 0) > room:
+    if may and tokens <= need.longest and _too_long(need, tokens, room):
         return fitted(replace(plan, recompute=True), train, cohort, need, room, grows=grows)
     plan = replace(plan, micro_tokens=tokens)
     if train.clients_per_pass is None:
         left = room - (need.in_a_pass(plan) or 0)
         plan = replace(plan, clients_per_pass=max(1, min(plan.clients_per_pass, left // max(1, need.client))))
     return plan
+
+
+def _too_long(need: Need, tokens: int, room: int) -> bool:
+    """Return whether one row of one client takes more than there is, and less where blocks run again."""
+    kept, again = (need.activations(tokens, 1, recompute) for recompute in (False, True))
+    return kept is not None and again is not None and again < kept and need.client + kept > room

@@ -80,6 +80,8 @@ def _run_all(
     try:
         folders = [folder] if folder else []
         plan = state.plan if state else None
+        if plan and experiment.train.gradient_checkpointing:
+            plan = replace(plan, recompute=True)
 
         def emulator() -> Path:
             return _begun(experiment, folders).emulator
@@ -96,7 +98,7 @@ def _run_all(
         if not memory.is_out_of_memory(error):
             raise
         said = (str(error) or type(error).__name__).splitlines()[0]
-        raise TrainingError(f"out of memory ({said}); {remedies(experiment.train)}") from None
+        raise TrainingError(f"out of memory ({said}); {remedies(experiment)}") from None
 
 
 def _begun(experiment: Experiment, folders: list[RunFolder]) -> RunFolder:

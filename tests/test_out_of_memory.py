@@ -34,8 +34,8 @@ LOGITS = {
 """One client at a time, and logits of all tokens at once: what they take goes by the rows of a forward pass"""
 LONG = {
     "adapter.rank": 2, "data.max_tokens": 512, "data.eval_share": 0.0, "evaluation.every": 0,
-    "data.partition.by": "iid", "data.partition.clients": 2,
-    "federation.rounds": 1, "train.steps": 1, "train.batch_rows": 2,
+    "data.partition.by": "iid", "data.partition.clients": 2, "data.rows": None,
+    "train.steps": 1, "train.batch_rows": 2,
 }  # fmt: skip
 """Rows of 400 tokens through eight layers, which keep 100 MB of activations; one layer 13 MB"""
 MIB = 2**20
@@ -155,22 +155,45 @@ def test_where_nothing_is_left_to_halve_one_line_says_so(base: Path, tmp_path: P
     assert any(text.endswith("2 clients in a pass, going on with 1") for text in said)
 
 
-def test_blocks_run_again_where_forward_passes_get_no_smaller_and_the_result_is_the_same(tmp_path: Path) -> None:
-    deep = small.saved(tmp_path / "base", num_hidden_layers=8, hidden_size=256, intermediate_size=1024)
-    path = tmp_path / "rows.jsonl"
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base and rows beside it whose activations are more than all else."""
+    folder = tmp_path_factory.mktemp("deep")
     rows = [{"instruction": f"Say {n}.", "output": "one two three four " * 100} for n in range(16)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    over = LONG | {"data.source": str(path), "data.rows": None}
-    never = over | {"train.gradient_checkpointing": False}
+    small.saved(folder, num_hidden_layers=8, hidden_size=256, intermediate_size=1024)
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.mark.parametrize("engine", ["cohort", pytest.param("peft_model", marks=pytest.mark.slow)])
+def test_blocks_run_again_where_forward_passes_get_no_smaller_and_the_result_is_the_same(
+    engine: str, deep: Path, tmp_path: Path
+) -> None:
+    over = LONG | {"data.source": str(deep / "rows.jsonl"), "train.engine": engine}
     assert run(tmp_path / "ease", deep, **over) == 0
-    assert run(tmp_path / "short", deep, 30 * MIB, **over) == 0
+    # one client's plain model keeps the logits of all tokens too
+    assert run(tmp_path / "short", deep, (30 if engine == "cohort" else 60) * MIB, **over) == 0
+    assert not (tmp_path / "short" / "error").exists()
     said = heard(tmp_path / "short", "halved")
     assert said[-1] == "round 1: out of memory with the shortest forward passes, going on with gradient checkpointing"
     assert small.gap(learned(tmp_path / "short"), learned(tmp_path / "ease")) < 5e-5
-    last = journal(tmp_path / "short")[-1]["memory"]
-    assert last["predicted"] == pytest.approx(last["peak"], rel=0.2)
-    assert run(tmp_path / "never", deep, 30 * MIB, **never) == 0
-    assert "train.gradient_checkpointing" in (tmp_path / "never" / "error").read_text()
+    foreseen, again = (line["memory"]["predicted"] for line in journal(tmp_path / "short")[1:])
+    assert again < foreseen - 60 * MIB
+    assert again == pytest.approx(journal(tmp_path / "short")[-1]["memory"]["peak"], rel=0.2)
+
+
+@pytest.mark.slow
+def test_what_runs_again_does_so_in_a_resumed_run_and_where_it_is_asked_for_anew(deep: Path, tmp_path: Path) -> None:
+    over = LONG | {"data.source": str(deep / "rows.jsonl")}
+    assert run(tmp_path / "never", deep, 30 * MIB, **over | {"train.gradient_checkpointing": False}) == 0
+    assert "set train.gradient_checkpointing, or" in (tmp_path / "never" / "error").read_text()
+    asked = over | {"train.gradient_checkpointing": True}
+    assert run(tmp_path / "never", deep, 30 * MIB, resume=True, **asked) == 0
+    assert run(tmp_path / "short", deep, 30 * MIB, **over | {"federation.rounds": 1}) == 0
+    assert run(tmp_path / "short", deep, resume=True, **over) == 0
+    for name in ("never", "short"):
+        assert states.load(tmp_path / name / "runs" / "small" / "state" / "latest.safetensors").plan.recompute
+    assert small.gap(learned(tmp_path / "never"), learned(tmp_path / "short")) < 5e-5
 
 
 @pytest.mark.slow

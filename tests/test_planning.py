@@ -57,6 +57,8 @@ def test_blocks_run_again_only_where_not_even_the_longest_row_fits_otherwise():
     assert fit(26_000) == BatchPlan(1, 8, 256, recompute=True), "and then forward passes are as large as fits"
     assert fit(26_000, gradient_checkpointing=False) == BatchPlan(1, 8, 64)
     assert fit(1000) == BatchPlan(1, 8, 64, recompute=True), "one client, and no row is longer: less there is not"
+    useless = replace(NEED, activations=lambda tokens, rows, again: 100 * tokens)
+    assert fitted(BatchPlan(16, 8, 1024), TrainSettings(), 16, useless, 1000, grows=False) == BatchPlan(1, 8, 64)
     unable = replace(NEED, can_recompute=False)
     assert fitted(BatchPlan(16, 8, 1024), TrainSettings(), 16, unable, 1000, grows=True) == BatchPlan(1, 8, 64)
     asked = BatchPlan(16, 8, 1024, recompute=True)

@@ -74,14 +74,9 @@ class Pass:
 
     def run(self) -> None:
         """Train to the end, and write down what each client learned."""
-        model = self.engine.cohort.model
-        model.train(self.engine.plan.recompute)  # transformers checkpoints in training mode alone
-        try:
-            for step in range(self.clients[0].steps):
-                self._leave(sum(c.steps > step for c in self.clients))
-                self._step(step)
-        finally:
-            model.eval()
+        for step in range(self.clients[0].steps):
+            self._leave(sum(c.steps > step for c in self.clients))
+            self._step(step)
         self._leave(0)
         share = {stage: s / len(self.everyone) for stage, s in self.clock.seconds().items()}
         for client in self.everyone:

@@ -18,7 +18,7 @@ from types import MappingProxyType
 from typing import Any
 
 from sheepfold import __version__
-from sheepfold.config import TrainSettings
+from sheepfold.config import Experiment
 from sheepfold.errors import CheckpointError, PolicyError, SheepfoldError, WireError
 from sheepfold.folders import writing
 from sheepfold.halving import remedies
@@ -120,12 +120,13 @@ class Worker:
             reason = f"refused: {reason}" if isinstance(error, PolicyError) else reason
         else:
             self._log()
+            experiment = self._run.parts.experiment if self._run else Experiment()
             self._forget()  # what it left half done is not trained on
             reason = f"{type(error).__name__} on this machine; its own log has the rest"
             if is_out_of_memory(error):
                 self._bases.drop()
                 free()
-                reason = f"out of memory; {remedies(TrainSettings())}"
+                reason = f"out of memory; {remedies(experiment)}"
         if (run, reason) != self._said:
             self.say(f"run {run}: {reason}")
             self._said = run, reason

@@ -24,6 +24,7 @@ def trained(family: str, *, packing: bool, dropout: float = 0.0, again: bool = F
     engine = small.cohort_engine(base, train, family, dropout=dropout)
     engine.plan = dataclasses.replace(engine.plan, micro_tokens=100)
     assert engine.packs is packing
+    assert engine.plan.recompute is again
     done = {u.client: u.adapter for u in engine.train(small.assignments(start))}
     engine.close()
     return start, done

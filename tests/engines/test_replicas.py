@@ -65,6 +65,22 @@ def test_every_replica_gets_rows(monkeypatch):
     assert max(rows for _, rows in seen) == 3  # of a step's five rows
 
 
+def test_every_replica_runs_its_blocks_again_where_the_plan_says_so(monkeypatch):
+    again = {}
+    first = PeftModelEngine.descend
+
+    def descend(self, model, part, *rest):
+        again[id(model)] = model.base_model.model.model.layers[0].gradient_checkpointing
+        return first(self, model, part, *rest)
+
+    monkeypatch.setattr(PeftModelEngine, "descend", descend)
+    plan = BatchPlan(1, 2, 120, recompute=True)
+    ours = trained(ReplicaEngine, torch.float64, devices=[CPU, CPU], plan=plan)
+    assert list(again.values()) == [True, True]
+    alone = trained(PeftModelEngine, torch.float64)
+    assert max(small.gap(a.adapter, b.adapter) for a, b in zip(ours, alone, strict=True)) < 1e-10
+
+
 def test_a_run_over_two_devices_is_the_run_on_one(tmp_path):
     over = {"train.engine": "peft_model", "train.micro_rows": 2, "train.lr": 1e-3}
     one = simulation.run(experiment(tmp_path / "one", **over))
