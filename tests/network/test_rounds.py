@@ -72,7 +72,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(federation: Federation)
 
 
 def test_ctrl_c_leaves_the_run_going_and_a_killed_coordinator_is_resumed(federation: Federation) -> None:
-    whole = asked(federation.folder, name="left")
+    whole = asked(federation.folder, name="left", **{"federation.rounds": 6})  # more than pass while a machine is busy
     run = federation.run(whole.model_dump(mode="json"))
     run.reach(1)
     run.process.send_signal(signal.SIGINT)
