@@ -21,9 +21,10 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 demo: $(VENV)/.ready ## ten clients teach one adapter eight tasks, in about a minute
 	@$(BIN)/sheepfold run
 
-# A process a core, each with one thread: models this small gain nothing from a second one.
+# A process a core, each with one thread: models this small gain nothing from a second one. Files in their own order: the
+# one by numbers of tests leaves those with few and long ones for the end, when the other process is done.
 test: $(VENV)/.ready ## the plain suite
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not slow and not browser and not network" tests
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder -m "not slow and not browser and not network" tests
 
 test-slow: $(VENV)/.ready ## all cases of all methods; kill -9 at twenty random moments; Dolly
 	@$(BIN)/python -m pytest -m "slow and not network" tests
