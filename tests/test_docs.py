@@ -88,7 +88,7 @@ def folder(tmp_path, monkeypatch):
             del sys.modules[name]
 
 
-@pytest.mark.parametrize("name", mostly_slow(DOCUMENTS, quick=["README.md", "docs/running.md"]))
+@pytest.mark.parametrize("name", mostly_slow(DOCUMENTS, quick=["README.md"]))
 def test_a_document_runs_from_top_to_bottom(name, folder, monkeypatch):
     namespace: dict[str, object] = {"__name__": "document"}
     for block in blocks(DOCUMENTS[name].read_text(encoding="utf-8")):

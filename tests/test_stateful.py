@@ -295,7 +295,7 @@ def writes_of(patch: pytest.MonkeyPatch, last: int | None = None) -> list[str]:
     return done
 
 
-@pytest.mark.parametrize("name", ["scaffold", "fedadam x fedsa"])
+@pytest.mark.parametrize("name", mostly_slow(["scaffold", "fedadam x fedsa"], quick=["scaffold"]))
 def test_a_run_that_ends_before_any_of_its_writes_resumes_to_the_bit(name, tmp_path, shared, monkeypatch):
     """Between what clients keep, the journal's line and the state there is no moment that a resumed run minds."""
     over = METHODS[name] | {"federation.rounds": 2, "federation.clients_per_round": 2, "keep_rounds": 2}

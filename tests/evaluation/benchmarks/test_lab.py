@@ -52,6 +52,7 @@ def test_answers_to_published_rows_equal_the_harness_alone_on_the_merged_export(
                 assert nats[0] == pytest.approx(nats[1], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_all_of_mmlu_adds_up_by_rows(lab, judge):
     results = judge("mmlu", data=str(lab / "data"), limit=2, shots=0).results["federated"]
     whole, groups = results["mmlu"], [results[name] for name in results["mmlu"].members]
